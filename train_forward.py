@@ -55,6 +55,9 @@ def script(main):
         try:
             main(argv)
             sys.stdout.flush()
+            if dist.is_initialized():  # left to the interpreter's exit, a backend's threads can abort it
+                dist.barrier()
+                dist.destroy_process_group()
         except Failure as failure:
             print(f"error: {failure}", file=sys.stderr)
             raise SystemExit(2) from None
