@@ -108,7 +108,29 @@ def unpatchify(tokens: Tensor, p: int) -> Tensor:
 # What both networks share: saving and loading, and arithmetic that stays in float32 under autocast
 
 
-class HubModel(nn.Module, PyTorchModelHubMixin):
+MODEL_CARD = """---
+{{ card_data }}
+---
+One of the two networks of a BiFlow, *Bidirectional Normalizing Flow: From Data to Noise and Back* (arXiv 2512.10953):
+a flow F from data to noise (TARFlow), or its learned inverse G from noise to data in one pass (BiFlow).
+`config.json` says which size. With the reference implementation's `biflow.py`:
+
+    from biflow import BiFlow, TARFlow
+    images = BiFlow.from_pretrained("USER/NAME").sample(torch.randn(n, T, D), labels, w)   # of a G
+    images = TARFlow.from_pretrained("USER/NAME").inverse(torch.randn(n, T, D), labels)    # of an F
+
+Data, VAE, its latents' mean and std, sigma and training settings, where known, are in `run.json`.
+"""
+
+
+class HubModel(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="biflow",
+    tags=["normalizing-flow", "image-generation"],
+    paper_url="https://arxiv.org/abs/2512.10953",
+    model_card_template=MODEL_CARD,
+):
     """save_pretrained (from huggingface_hub) writes config.json, model.safetensors and a model card; loading is strict."""
 
     def __init__(self, config: Config):
@@ -196,13 +218,14 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, h, cache=None, t=0):
-        """h (N, T, C); or h (N, 1, C), the token at position t, with cache (2, N, heads, T, head_dim) filled up to t."""
+        """h (N, T, C); or h (N, 1, C), the token at position t, with a cache (keys, values), each (N, heads, T, head_dim),
+        filled up to t."""
         N, T, C = h.shape
-        qkv = self.qkv(self.norm(h)).view(N, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv
+        q, k, v = self.qkv(self.norm(h)).view(N, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
         if cache is not None:
-            cache[:, :, :, t : t + 1] = qkv[1:]
-            k, v = cache[:, :, :, : t + 1]
+            for past, new in zip(cache, (k, v)):
+                past[:, :, t : t + 1] = new
+            k, v = (past[:, :, : t + 1] for past in cache)
         a = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
         return self.proj(a.transpose(1, 2).reshape(N, T, C))
 
@@ -288,19 +311,23 @@ class FlowBlock(nn.Module):
         embedding = self.embedding(y)
         x, embedding = (x.flip(1), embedding.flip(1)) if self.flip else (x.clone(), embedding)
         dtype = self.proj_in(x[:, :1]).dtype  # of keys and values: autocast's, if it is on
-        heads = embedding.shape[2] // self.head_dim
-        cache = x.new_empty(len(self.attn_blocks), 2, len(y), heads, T, self.head_dim, dtype=dtype)
+        size = (len(y), embedding.shape[2] // self.head_dim, T, self.head_dim)
+        cache = [[x.new_empty(size, dtype=dtype) for _ in "kv"] for _ in self.attn_blocks]
         for t in range(T - 1):
-            token = x[:, t : t + 1]
-            h = self.proj_in(torch.cat([token, token]) if guidance else token) + embedding[:, t : t + 1]
-            for layer, layer_cache in zip(self.attn_blocks, cache):
-                h = layer(h, layer_cache, t)
-            alpha, mu = self.affine(h)
-            if guidance:
-                (alpha, alpha_u), (mu, mu_u) = alpha.chunk(2), mu.chunk(2)
-                alpha, mu = alpha + guidance * (alpha - alpha_u), mu + guidance * (mu - mu_u)
-            x[:, t + 1 : t + 2] = x[:, t + 1 : t + 2] * torch.exp(alpha) + mu
+            self.step(x, embedding, cache, t, guidance)
         return x.flip(1) if self.flip else x
+
+    def step(self, x: Tensor, embedding: Tensor, cache: list, t: int, guidance: float):
+        """Make token t + 1 of x (N, T, D) from token t, in place. Compiled, one graph with a dynamic t serves all steps."""
+        token = x[:, t : t + 1]
+        h = self.proj_in(torch.cat([token, token]) if guidance else token) + embedding[:, t : t + 1]
+        for layer, layer_cache in zip(self.attn_blocks, cache):
+            h = layer(h, layer_cache, t)
+        alpha, mu = self.affine(h)
+        if guidance:
+            (alpha, alpha_u), (mu, mu_u) = alpha.chunk(2), mu.chunk(2)
+            alpha, mu = alpha + guidance * (alpha - alpha_u), mu + guidance * (mu - mu_u)
+        x[:, t + 1 : t + 2] = x[:, t + 1 : t + 2] * torch.exp(alpha) + mu
 
 
 class TARFlow(HubModel):

@@ -1,12 +1,14 @@
 """How good are the samples: Frechet distance, Inception score, precision and recall, and what each figure is.
 
 python fid.py                                                     # runs/reverse-toy against held-out digits: one table
+python fid.py --table RUN RUN ...                                 # runs on digits beside each other, mean and spread over seeds
 python fid.py IMAGENET/train --img-size 256 --save-stats ref.npz  # statistics of a reference, once
 torchrun --nproc-per-node 8 fid.py runs/reverse-B --n 50000 --reference ref.npz
 """
 
 import argparse
 import dataclasses
+import json
 import math
 import zipfile
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sample import METHODS, Sampler, balanced_labels, cost_table
-from train_forward import IMAGE_TYPES, VAE, Processes, fail, load_digits, load_weights, number, read_image, script
+from train_forward import IMAGE_TYPES, VAE, Processes, fail, load_digits, load_run, load_weights, number, read_image, script
 from train_forward import start_processes, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -111,39 +113,98 @@ def digits_figures(images, labels, train, test, classifier) -> dict[str, float]:
     }
 
 
+class DigitsReal:
+    """The real digits and the classifier that scores others against them."""
+
+    def __init__(self):
+        self.data = load_digits()
+        pixels = to_uint8(torch.from_numpy(self.data.array)).numpy()
+        self.train, self.test = pixels[self.data.fit], pixels[self.data.test]
+        self.classifier = DigitsClassifier(self.train, self.data.labels[self.data.fit])
+
+    def figures(self, images, labels) -> dict[str, float]:
+        return digits_figures(images, labels, self.train, self.test, self.classifier)
+
+    def draws(self, sampler: Sampler, method: str, w: float, args) -> list[dict]:
+        """The figures of --draws independent sets of samples; the same z and labels for every method."""
+        y = balanced_labels(range(args.n), range(10))
+        seeds = range(args.seed, args.seed + args.draws)
+        sets = (to_uint8(sampler.images(method, range(args.n), y, w, seed)).numpy() for seed in seeds)
+        return [self.figures(images, y.numpy()) for images in sets]
+
+
 def digits_table(sampler: Sampler, args) -> list[tuple[str, list[dict], tuple]]:
-    """Rows (name, figures of each draw, ms per image at batch 1 and 256); the same z and labels for every method."""
-    data = load_digits()
-    pixels = to_uint8(torch.from_numpy(data.array)).numpy()
-    train, test = pixels[data.fit], pixels[data.test]
-    classifier = DigitsClassifier(train, data.labels[data.fit])
+    """Rows (name, figures of each draw, ms per image at batch 1 and 256), the real digits first."""
+    real = DigitsReal()
+    labels, fit = real.data.labels, real.data.fit
     rng = np.random.default_rng(0)
-    orders = [rng.permutation(len(train)) for _ in range(args.draws)]  # precision and recall take the first ones
-    rows = [("real: test", [digits_figures(test, data.labels[data.test], train, test, classifier)], ())]
-    figures = [digits_figures(train[o], data.labels[data.fit][o], train, test, classifier) for o in orders]
-    for f in figures:
-        f["nearest"] = math.nan  # zero by construction
-    rows.append(("real: train (floor)", figures, ()))
+    orders = [rng.permutation(len(fit)) for _ in range(args.draws)]  # precision and recall take the first ones
+    floor = [real.figures(real.train[o], labels[fit][o]) | {"nearest": math.nan} for o in orders]  # zero by construction
+    rows = [("real: test", [real.figures(real.test, labels[real.data.test])], ()), ("real: train (floor)", floor, ())]
     costs = cost_table(sampler, args.method, 256)
-    y = balanced_labels(range(args.n), range(10))
     for method in args.method:
         for w in args.guidance if method.startswith("biflow") else [0.0]:
-            draws = []
-            for draw in range(args.draws):
-                x = to_uint8(sampler.images(method, range(args.n), y, w, seed=args.seed + draw)).numpy()
-                draws.append(digits_figures(x, y.numpy(), train, test, classifier))
-            rows.append((method + (f" w={w:g}" if w else ""), draws, costs[method]))
+            rows.append((method + (f" w={w:g}" if w else ""), real.draws(sampler, method, w, args), costs[method]))
     return rows
 
 
+def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str, list[dict], tuple]]:
+    """Rows as of digits_table, but a row is what several digits runs say that differ by their seed alone: the mean of each
+    run's draws. A row's name is the method and what sets its run apart; a flow that several runs share counts once."""
+    real, found, scored = DigitsReal(), {}, set()
+    for folder in folders:
+        sampler = Sampler.load(folder, processes)
+        if sampler.run["data"] != "digits":
+            fail(f"{folder} was not trained on digits; --table compares runs that were")
+        for method in args.method or sampler.methods:
+            for w in args.guidance if method.startswith("biflow") else [0.0]:
+                sampler.check(method, w)
+                of_flow = method.startswith("exact")
+                source = Path(folder) / sampler.run.get("forward", "") if of_flow else Path(folder)
+                if (source.resolve(), method) in scored and of_flow:
+                    continue
+                scored.add((source.resolve(), method))
+                run = load_run(source)[1] if of_flow else sampler.run
+                told = {k: v for k, v in run["args"].items() if k not in ("seed", "forward")}
+                told |= {"method": method, "guidance": w, "clip": sampler.config.clip}
+                draws = real.draws(sampler, method, w, args)
+                figures = {k: float(np.mean([d[k] for d in draws])) for k in draws[0]}
+                if not of_flow:
+                    figures |= last_errors(Path(folder))
+                cost = cost_table(sampler, [method], 256)[method]
+                found.setdefault(json.dumps(told, sort_keys=True), []).append((figures, cost))
+    settings = [json.loads(key) for key in found]
+    reverse = [s for s in settings if s["method"].startswith("biflow")]
+    differing = [k for k in ("clip", *TABLED) if len({json.dumps(s.get(k)) for s in reverse}) > 1]
+    rows = []
+    for told, members in zip(settings, found.values()):
+        name = " ".join([told["method"]] + [f"{k}={told[k]}" for k in differing if told.get(k) is not None or k == "clip"])
+        name += f" w={told['guidance']:g}" if told["guidance"] else ""
+        rows.append(
+            (f"{name} ({len(members)})", [m[0] for m in members], tuple(np.median([m[1] for m in members], axis=0)))
+        )
+    return rows
+
+
+TABLED = "strategy denoise trajectory_norm adaptive_p w_max steps sigma lr weight_decay batch_size".split()
+
+
+def last_errors(folder: Path) -> dict[str, float]:
+    """The last validation errors of a reverse run, of x' and of each depth, in per cent."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = next((line for line in reversed(lines) if "val_error_x" in line), {})
+    return {f"% {k.removeprefix('val_error_')}": 100 * v for k, v in last.items() if k.startswith("val_error_")}
+
+
 def print_table(rows):
-    names = list(rows[0][1][0])
-    print(f"{'':22}" + "".join(f"{n:>16}" for n in names) + f"{'ms (batch 1)':>14}{'ms (256)':>10}")
+    names = list(dict.fromkeys(name for _, draws, _ in rows for name in draws[0]))
+    wide = max(22, *(len(name) + 2 for name, _, _ in rows))
+    print(f"{'':{wide}}" + "".join(f"{n:>16}" for n in names) + f"{'ms (batch 1)':>14}{'ms (256)':>10}")
     for name, draws, cost in rows:
-        line = f"{name:22}"
+        line = f"{name:{wide}}"
         for key in names:
-            values = [d[key] for d in draws]
-            spread = f" ±{np.std(values):.3f}" if len(values) > 1 else ""
+            values = [d.get(key, math.nan) for d in draws]
+            spread = f" ±{np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
             line += f"{'-' if math.isnan(values[0]) else f'{np.mean(values):.3f}{spread}':>16}"
         print(line + "".join(f"{c:{w}.{p}f}" for c, w, p in zip(cost, (14, 10), (2, 3))))
 
@@ -355,11 +416,17 @@ def main(argv=None):
     add("--img-size", type=number(int, 1), metavar="S", help=help_)
     add("--save-stats", type=Path, metavar="FILE", help="write mu and sigma of the input, to be a --reference later")
     add("--reconstruct", action="store_true", help="score the VAE's round trip of the run's data: the floor of its latents")
+    add(
+        "--table", nargs="+", metavar="RUN", help="digits: one table of several runs; those that differ by seed share a row"
+    )
     args = parser.parse_args(argv)
     processes = start_processes()
+    if args.table:
+        args.n = args.n or 1000
+        return print_table(runs_table(args.table, args, processes))
     path = Path(args.input)
     is_images = path.is_file() or (path.is_dir() and not (path / "run.json").exists())
-    sampler = None if is_images else Sampler(path, processes.device)
+    sampler = None if is_images else Sampler.load(path, processes)
     if sampler is not None:
         digits = sampler.run["data"] == "digits"
         args.method = args.method or (sampler.methods if digits else [sampler.methods[-1]])

@@ -5,12 +5,15 @@ scripts against themselves (interrupted or not, one process or two), against the
     python -m pytest -m "slow or not slow"        # all, as continuous integration runs them
 """
 
+import argparse
 import dataclasses
 import io
 import json
 import math
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -260,17 +263,17 @@ def test_log_prob_and_nll_are_those_of_the_normal_distribution():
 # F: weights in the published TARFlow's naming
 
 
-def published_checkpoint(layers=2, width=16, classes=3):
+def published_checkpoint(layers=2, width=16, classes=3, tokens=T):
     """Random weights under the published names."""
     torch.manual_seed(0)
     linear = lambda name, i, o: {f"{name}.weight": 0.15 * torch.randn(o, i), f"{name}.bias": 0.15 * torch.randn(o)}
     norm = lambda name: {f"{name}.weight": 1 + 0.3 * torch.randn(width), f"{name}.bias": 0.3 * torch.randn(width)}
-    state = {"var": torch.ones(T, D)}
+    state = {"var": torch.ones(tokens, D)}
     for i in range(B):
         b = f"blocks.{i}"
         state |= linear(f"{b}.proj_in", D, width) | linear(f"{b}.proj_out", width, 2 * D)
-        state |= {f"{b}.pos_embed": torch.randn(T, width), f"{b}.class_embed": torch.randn(classes, 1, width)}
-        state |= {f"{b}.attn_mask": torch.ones(T, T).tril()}
+        state |= {f"{b}.pos_embed": torch.randn(tokens, width), f"{b}.class_embed": torch.randn(classes, 1, width)}
+        state |= {f"{b}.attn_mask": torch.ones(tokens, tokens).tril()}
         for j in range(layers):
             a, m = f"{b}.attn_blocks.{j}.attention", f"{b}.attn_blocks.{j}.mlp"
             state |= norm(f"{a}.norm") | norm(f"{m}.norm")
@@ -291,12 +294,12 @@ def published_forward(state, x, y, layers=2, heads=2):
 
     x, logdet = F.unfold(x, 2, stride=2).transpose(1, 2), 0
     for i in range(B):
-        b, order = f"blocks.{i}", list(range(T)) if i % 2 == 0 else list(range(T))[::-1]
+        b, order = f"blocks.{i}", list(range(x.shape[1]))[:: 1 if i % 2 == 0 else -1]
         x = x[:, order]
         h = linear(f"{b}.proj_in", x) + state[f"{b}.pos_embed"][order] + state[f"{b}.class_embed"][y]
         for j in range(layers):
             a, m = f"{b}.attn_blocks.{j}.attention", f"{b}.attn_blocks.{j}.mlp"
-            q, k, v = linear(f"{a}.qkv", norm(f"{a}.norm", h)).view(len(x), T, 3 * heads, -1).chunk(3, dim=2)
+            q, k, v = linear(f"{a}.qkv", norm(f"{a}.norm", h)).view(*x.shape[:2], 3 * heads, -1).chunk(3, dim=2)
             logits = torch.einsum("nthd,nshd->nhts", q, k) / q.shape[-1] ** 0.5
             weights = logits.masked_fill(state[f"{b}.attn_mask"] == 0, -math.inf).softmax(-1)
             h = h + linear(f"{a}.proj", torch.einsum("nhts,nshd->nthd", weights, v).flatten(2))
@@ -869,17 +872,27 @@ def test_a_checkpoint_with_a_pickle_payload_is_refused_without_running_it(tmp_pa
     assert end.value.code == 2 and not (tmp_path / "ran").exists()
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    """torchrun with 2 gloo processes and an uneven batch: the same losses to 1e-5 over 10 steps, the same weights."""
-    args = ["--steps", "10", "--batch-size", "15", "--log-every", "1"]
-    train_forward.main(args + ["--out", str(tmp_path / "one")])
-    script = [str(Path(train_forward.__file__)), *args, "--out", str(tmp_path / "two")]
-    torchrun(2, script)
+@pytest.mark.parametrize("script", [train_forward, train_reverse], ids=["forward", "reverse"])
+def test_two_processes_train_as_one_does(tmp_path, toy, script):
+    """torchrun with 2 gloo processes and an uneven batch: the same losses to 1e-5 over 10 steps, the same average."""
+    args = ["--steps", "10", "--batch-size", "15", "--log-every", "1", "--lr", "1e-3"]
+    args += ["--forward", str(toy / "runs/forward-toy")] if script is train_reverse else []
+    script.main(args + ["--out", str(tmp_path / "one")])
+    torchrun(2, [str(Path(script.__file__)), *args, "--out", str(tmp_path / "two")])
     one, two = ([m["loss"] for m in metrics(tmp_path / name) if "loss" in m] for name in ("one", "two"))
-    np.testing.assert_allclose(two, one, atol=1e-5)
-    a, b = (biflow.TARFlow.from_pretrained(tmp_path / name).state_dict() for name in ("one", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-5, atol=1e-5)
+    a, b = (train_forward.load_run(tmp_path / name)[0].state_dict() for name in ("one", "two"))
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", [train_forward, train_reverse], ids=["forward", "reverse"])
+def test_activation_checkpointing_changes_no_weight(tmp_path, toy, script):
+    args = ["--steps", "4", "--batch-size", "8", "--save-every", "9"]
+    args += ["--forward", str(toy / "runs/forward-toy")] if script is train_reverse else []
+    script.main([*args, "--out", str(tmp_path / "a")])
+    script.main([*args, "--out", str(tmp_path / "b"), "--activation-checkpointing"])
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
 def torchrun(n: int, script: list[str]):
@@ -890,7 +903,7 @@ def torchrun(n: int, script: list[str]):
 
 
 def test_a_sample_depends_on_its_seed_class_and_index_alone(toy):
-    sampler = sample.Sampler(toy / "runs/reverse-toy", torch.device("cpu"))
+    sampler = sample.Sampler.load(toy / "runs/reverse-toy", train_forward.Processes(torch.device("cpu")))
     y = torch.arange(6)
     for method in ("biflow", "exact", "exact+score", "biflow-2nfe"):
         whole = sampler.images(method, range(6), y, 0.5)
@@ -906,6 +919,225 @@ def test_sample_writes_what_it_says(toy, tmp_path, capsys):
         assert file["arr_0"].shape == (7, 8, 8, 1) and file["arr_0"].dtype == np.uint8
         assert file["arr_1"].tolist() == [3, 8, 3, 8, 3, 8, 3]
     assert "batch 4" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed: fast paths agree with plain ones, and the table counts what it says
+
+
+def sampler_of(flow, model, **options):
+    options = SimpleNamespace(**{"bf16": False, "compile": False} | options)
+    run = dict(stage="reverse", sigma=0.3, vae=None)
+    return sample.Sampler(flow, model, run, Path(), train_forward.Processes(torch.device("cpu")), options)
+
+
+def everything_sampled(sampler, n):
+    z, y = torch.from_numpy(np.random.default_rng(n).standard_normal((n, T, D), np.float32)), torch.arange(n) % 3
+    draws = [(method, 0.0) for method in sample.METHODS] + [("exact", 1.5), ("biflow-2nfe", 1.0)]
+    return [sampler(method, z, y, w) for method, w in draws]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_agree_with_eager_ones():
+    eager = sampler_of(make(TARFlow), make(BiFlow))
+    compiled = sampler_of(make(TARFlow), make(BiFlow), compile=True)
+    for n in (1, 5):
+        for a, b in zip(everything_sampled(compiled, n), everything_sampled(eager, n)):
+            close(a, b, 1e-4)
+
+
+def test_weights_stored_in_bf16_change_nothing():
+    stored = sampler_of(make(TARFlow), make(BiFlow), bf16=True)
+    assert stored.flow.blocks[0].proj_in.weight.dtype == torch.bfloat16
+    assert stored.flow.blocks[0].proj_out.weight.dtype == torch.float32
+    cast = sampler_of(make(TARFlow), make(BiFlow))
+    with torch.autocast(**BF16):
+        z, y = torch.randn(3, T, D), torch.arange(3)
+        expected, x = cast.flow.inverse(z, y), cast.reverse.sample(z, y, 1.0)
+    assert torch.equal(stored("exact", z, y), expected) and not torch.equal(cast("exact", z, y), expected)
+    assert (
+        stored("biflow", z, y, 1.0) - x
+    ).abs().max() < 0.03 * x.abs().max()  # G folds gates into weights: one rounding more
+
+
+def test_flops_are_counted_as_by_hand():
+    flow, N = make(TARFlow), 3
+    layer = 2 * T * 12 * 16**2 + 2 * 2 * T**2 * 16  # four products of 12 C^2 weights; q k' and a v; two FLOPs each
+    expected = N * B * (2 * layer + 2 * T * D * 16 + 2 * T * 16 * 2 * D)
+    assert train_forward.count_flops(lambda: flow(torch.randn(N, 1, 4, 4), torch.zeros(N, dtype=torch.long))) == expected
+
+
+@pytest.mark.slow
+def test_score_denoising_costs_the_papers_multiple_of_the_denoise_block():
+    flow, model = (cls(SIZES["B"]).requires_grad_(False) for cls in (TARFlow, BiFlow))
+    score = train_forward.count_flops(lambda: flow.denoise(torch.zeros(1, 4, 32, 32), torch.tensor([0]), 0.3))
+    h, context = torch.zeros(1, 256, 768), torch.zeros(1, 12, 768)
+    assert abs(score / train_forward.count_flops(lambda: model.blocks[-1](h, context, model.rope)) / 15.8 - 1) < 0.02
+
+
+def test_the_speed_table(toy, capsys, monkeypatch):
+    run = str(toy / "runs/reverse-toy")
+    capsys.readouterr()
+    sample.main([run, "--benchmark", "--batch", "4", "--repeats", "1", "--json"])
+    rows = {row["method"]: row for row in json.loads(capsys.readouterr().out)}
+    assert [row["nfe"] for row in rows.values()] == ["1", "2", "16", "16 + 1"]
+    assert [row["layers"] for row in rows.values()] == [10, 10, 120, 136]
+    assert rows["biflow-2nfe"]["gflops"] / rows["biflow"]["gflops"] == pytest.approx(2, rel=1e-2)
+    assert rows["exact+score"]["gflops"] > 3 * rows["exact"]["gflops"] > 0
+    assert (
+        all(min(row["ms_1"], row["ms_4"]) > 0 and row["gib_4"] > 0 for row in rows.values())
+        and rows["biflow"]["ratio_4"] == 1
+    )
+    monkeypatch.setitem(SIZES, "L", dataclasses.replace(SMALL, channels=4, img_size=8))
+    small = dict(block_out_channels=(4,), down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",))
+    monkeypatch.setattr(sample, "SD_VAE", dict(small, norm_num_groups=2, latent_channels=4))
+    sample.main(["--benchmark", "--size", "L", "--batch", "2", "--repeats", "1", "--guidance", "1"])
+    out = capsys.readouterr().out
+    assert "VAE decode" in out and "16 x 2 + 1" in out and "ms, batch 2" in out
+
+
+@pytest.mark.parametrize("script", [train_forward, train_reverse], ids=["forward", "reverse"])
+def test_training_benchmark_needs_no_data_and_leaves_nothing(tmp_path, monkeypatch, capsys, script):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SIZES, "B", dataclasses.replace(SMALL, channels=4))
+    args = ["--size", "B", "--benchmark", "--batch-size", "6", "--micro-batch", "4", "--num-workers", "0", "--ema", "0.9"]
+    script.main(args + (["--lpips", "0", "--convnext", "0"] if script is train_reverse else []))
+    out = capsys.readouterr().out
+    assert "images/s" in out and "ms a step of 6" in out and "GFLOPs" in out and not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Editing and pictures
+
+
+@pytest.fixture(scope="session")
+def edits(toy):
+    """A sampler, four copies of a digit, and its label."""
+    sampler = sample.Sampler.load(toy / "runs/reverse-toy", train_forward.Processes(torch.device("cpu")))
+    data = train_forward.load_digits()
+    x = torch.from_numpy(data.array[data.test[:1]]).expand(4, -1, -1, -1)
+    return sampler, x, torch.full((4,), int(data.labels[data.test[0]]))
+
+
+def test_exact_reconstruction_gives_the_noisy_input_back(edits):
+    sampler, x, y = edits
+    (_, shown), (_, back) = sample.reconstruct(sampler, "exact", x, y, 0.0, 0)
+    assert torch.equal(shown, x[:1])
+    close(back, unpatchify(sampler.encode(x, y, 0)[0], 2), 1e-3)
+    assert (back - x).std() == pytest.approx(sampler.run["sigma"], rel=0.2) and not torch.equal(back[0], back[1])
+
+
+def test_class_edit_keeps_z_and_changes_the_class(edits):
+    sampler, x, y = edits
+    rows = dict(sample.class_edit(sampler, "biflow", x, y, (y + 1) % 10, 1.0, 3))
+    z = sampler.encode(x, y, 3)[-1]
+    assert torch.equal(rows["own class"], sampler.reverse.sample(z, y, 1.0))
+    assert torch.equal(rows["new class"], sampler.reverse.sample(z, (y + 1) % 10, 1.0))
+
+
+def test_inpainting_keeps_the_noise_of_known_tokens_and_draws_the_rest(edits, monkeypatch):
+    sampler, x, y = edits
+    seen = []
+    monkeypatch.setattr(sampler, "draw", lambda method, z, y, w: seen.append(z) or x)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[0, 0] = mask[7, 2] = True  # a pixel of token 0 (top left), one of token 13 (bottom row, second)
+    masked = dict(sample.inpaint(sampler, "biflow", x, y, mask, 0.0, 5))["masked"]
+    assert torch.equal(masked[0, 0][~mask], x[0, 0][~mask]) and bool((masked[0, 0][mask] == 1).all())
+    z, fresh = sampler.encode(x[:1], y[:1], 5)[-1], train_forward.sample_noise(5, range(4), sampler.config)
+    redrawn = [0, 13]
+    known = [t for t in range(16) if t not in redrawn]
+    assert torch.equal(seen[0][:, redrawn], fresh[:, redrawn])
+    assert torch.equal(seen[0][:, known], z[:, known].expand(4, -1, -1))
+
+
+def test_interpolation_runs_along_the_sphere_between_two_samples(edits, monkeypatch):
+    sampler, _, _ = edits
+    ends, seen = train_forward.sample_noise(2, range(2), sampler.config), []
+    monkeypatch.setattr(sampler, "draw", lambda method, z, y, w: seen.append((z, y)))
+    sample.interpolate(sampler, "biflow", [7, 1], 5, 0.0, 2)
+    z, y = seen[1]
+    assert y.tolist() == [1] * 5
+    close(z[[0, 4]], ends, 1e-5)
+    unit = lambda v: v.flatten() / v.norm()
+    angles = [torch.acos(unit(a) @ unit(b)) for a, b in zip(z[:-1], z[1:])]
+    lengths = ends.flatten(1).norm(dim=1)
+    assert max(angles) - min(angles) < 0.1  # even steps, but for the ends' lengths
+    assert lengths.min() * 0.9 < z.flatten(1).norm(dim=1).min()  # a straight line would dip to 0.7 of the length
+
+
+def test_trajectory_shows_every_state_and_its_prediction(edits):
+    sampler, x, y = edits
+    rows = dict(sample.trajectory(sampler, x, y, 0))
+    assert list(rows) == ["x", "flow: x^0", "flow: x^1", "flow: x^2", "flow: x^3", "z"] + [
+        *("reverse: x^3", "reverse: x^2", "reverse: x^1", "reverse: x^0", "x' = G(z)")
+    ]
+    z = sampler.encode(x, y, 0)[-1]
+    close(rows["z"], 0.4 * unpatchify(z / z.square().mean((1, 2), keepdim=True).sqrt(), 2), 1e-5)
+    assert torch.equal(rows["x' = G(z)"], sampler.reverse.sample(z, y))
+
+
+def test_edits_and_pictures_from_the_command_line(toy, edits, tmp_path, monkeypatch):
+    digit = train_forward.to_uint8(torch.from_numpy(train_forward.load_digits().array[5, 0]))
+    Image.fromarray(digit.numpy()).save(tmp_path / "five.png")
+    Image.fromarray(np.triu(np.full((8, 8), 255, np.uint8))).save(tmp_path / "mask.png")
+    monkeypatch.chdir(tmp_path)
+    run = str(toy / "runs/reverse-toy")
+    for args in (
+        *(["--reconstruct", "five.png", "--from", "5"], ["--class-edit", "five.png", "--from", "5", "--to", "3"]),
+        *(["--inpaint", "five.png", "--mask", "mask.png"], ["--interpolate", "--classes", "1,2"], ["--trajectory"]),
+        *(["--curves"], ["--reconstruct", "five.png", "--method", "exact"]),
+    ):
+        sample.main([run, *args, "--n", "3", "--out", "edit.png"])
+        with Image.open("edit.png") as picture:
+            assert len(set(picture.convert("L").getdata())) > 10  # something was drawn
+    sample.main([str(toy / "runs/forward-toy"), "--curves", "--out", "forward.png"])
+    close(sample.open_image(edits[0], "five.png", 2)[1, 0], digit / 127.5 - 1, 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Somebody else's flow, tables, and what little an import needs
+
+
+def test_a_published_checkpoint_becomes_a_run_whose_inverse_is_learned(tmp_path, capsys):
+    """From a random checkpoint under the published names to samples; the flow is the checkpoint's, by hand."""
+    state = published_checkpoint(width=64, classes=10, tokens=16)
+    state |= {name: 0.1 * value for name, value in state.items() if "proj_out" in name}  # a wide layer must not explode
+    torch.save(state, tmp_path / "tarflow.pth")
+    flow_run, reverse_run = str(tmp_path / "forward"), str(tmp_path / "reverse")
+    train_forward.main(["--import", str(tmp_path / "tarflow.pth"), "--sigma", "0.05", "--out", flow_run])
+    assert "val_nll" in capsys.readouterr().out
+    flow, run = train_forward.load_run(flow_run, "forward")
+    assert run["sigma"] == 0.05 and flow.config.clip is None and flow.config.head_dim == 64
+    x, y = torch.randn(2, 1, 8, 8), torch.tensor([9, 0])
+    states, logdet = flow(x, y)
+    z, expected = published_forward(state, x, y, heads=1)
+    close(states[-1], z, 1e-3)
+    close(logdet, expected, 1e-3)
+    train_reverse.main(["--forward", flow_run, "--out", reverse_run, "--steps", "2", "--batch-size", "8"])
+    sample.main([reverse_run, "--n", "2", "--batch", "2"])
+    assert (tmp_path / "reverse/samples.png").exists()
+
+
+def test_a_table_puts_runs_that_differ_by_their_seed_into_one_row(toy, tmp_path, capsys):
+    forward, runs = str(toy / "runs/forward-toy"), []
+    for name, flags in (("a0", "--seed 0"), ("a1", "--seed 1"), ("n0", "--strategy naive")):
+        runs.append(str(tmp_path / name))
+        short = ["--steps", "3", "--batch-size", "8", "--forward", forward, "--out", runs[-1]]
+        train_reverse.main(short + flags.split())
+    args = SimpleNamespace(method=None, guidance=[0.0], draws=2, n=50, seed=0)
+    alone = train_forward.Processes(torch.device("cpu"))
+    rows = fid.runs_table(runs, args, alone)
+    names = ["exact (1)", "exact+score (1)", "biflow strategy=align (2)", "biflow strategy=naive (1)"]
+    assert [name for name, _, _ in rows] == names
+    seeds = rows[2][1]
+    sampler = sample.Sampler.load(runs[1], alone)
+    assert seeds[1]["FD"] == np.mean([d["FD"] for d in fid.DigitsReal().draws(sampler, "biflow", 0.0, args)])
+    last = [m for m in metrics(tmp_path / "a1") if "val_error_x" in m][-1]
+    assert seeds[1]["% x0"] == pytest.approx(100 * last["val_error_x0"]) and "% x" not in rows[0][1][0]
+    fid.print_table(rows)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(names[2]))
+    a, b = (figures["accuracy"] for figures in seeds)
+    assert f"{(a + b) / 2:.3f} ±{abs(a - b) / 2**0.5:.3f}" in line
 
 
 def test_biflow_imports_little():
@@ -1273,6 +1505,12 @@ def test_photographs_end_to_end(photos, vae, perceptual_files, inception, tmp_pa
     assert last["error_lpips"] > 0 and last["error_convnext"] > 0
     sample.main([str(tmp_path / "r"), "--n", "3", "--batch", "2", "--method", "biflow", "--npz", str(tmp_path / "s.npz")])
     assert np.load(tmp_path / "s.npz")["arr_0"].shape == (3, 256, 256, 3)
+    photo, mask = str(photos / "class0/03.jpg"), np.zeros((256, 256), np.uint8)
+    mask[:128] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    for edit in (["--class-edit", photo, "--from", "class0", "--to", "class1"], ["--inpaint", photo, "--mask", "mask.png"]):
+        sample.main([str(tmp_path / "r"), *[e.replace("mask.png", str(tmp_path / "mask.png")) for e in edit], "--n", "2"])
+    assert (tmp_path / "r/class-edit.png").exists() and (tmp_path / "r/inpaint.png").exists()
     score = ["--inception-weights", str(inception), "--n", "4", "--batch", "4"]
     fid.main([str(photos), "--save-stats", str(tmp_path / "ref.npz"), *score])
     fid.main([str(tmp_path / "r"), "--reference", str(tmp_path / "ref.npz"), *score])
@@ -1310,6 +1548,7 @@ def bad(tmp_path_factory, toy, photos):
         for i in range(n):
             (root / name / f"{i}.jpg").write_bytes(good)
     (root / "file").write_text("a file")
+    Image.new("L", (8, 8), 100).save(root / "grey.png")
 
     def copy_of(run, name, **changes):
         shutil.copytree(run, root / name)
@@ -1410,6 +1649,18 @@ BAD_INPUT = [
     ("train_reverse", "--forward F --lpips 1 --lpips-weights pickle.pth", "cannot load the weights"),
     ("train_reverse", "--forward F --lpips 1 --lpips-weights other.pth", "does not hold"),
     ("train_reverse", "--forward F --convnext 1 --convnext-weights other.pth", "does not hold"),
+    ("sample", "G --class-edit grey.png --from 1", "needs --from"),
+    ("sample", "G --class-edit missing.png --from 1 --to 2", "cannot read the image missing.png"),
+    ("sample", "G --class-edit grey.png --from 1 --to dog", "dog is not a class"),
+    ("sample", "G --inpaint grey.png", "needs --mask"),
+    ("sample", "G --inpaint grey.png --mask missing.png", "cannot read the image missing.png"),
+    ("sample", "G --reconstruct grey.png --guidance 9", "outside [0, 2]"),
+    ("sample", "F --trajectory", "needs a reverse run"),
+    ("sample", "G --size B", "--size is for --benchmark"),
+    ("train_forward", "--import missing.pth --out new", "cannot load the weights missing.pth"),
+    ("train_forward", "--import other.pth --out new", "not a TARFlow checkpoint"),
+    ("train_forward", "--import pickle.pth --out new", "cannot load the weights pickle.pth"),
+    ("fid", "--table G missing", "not a trained run"),
     ("sample", "missing", "not a trained run"),
     ("sample", "orphan", "not a trained run"),
     ("sample", "G --n 0", "at least 1"),
@@ -1571,3 +1822,42 @@ def test_help_and_a_closed_stdout(script):
     command = f"{sys.executable} {file} --help | head -c 1 > /dev/null; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr and done.returncode in (0, 2)
+
+
+class Parsed(Exception):
+    pass
+
+
+def readme_commands():
+    """Every `python X.py ...` and `torchrun ... X.py ...` in the README's shell blocks, as (script, arguments)."""
+    text = (Path(biflow.__file__).parent / "README.md").read_text()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for command in re.split(r"\n|&&|;", block.replace("\\\n", " ")):
+            words = [word.replace("$s", "0").replace("$f", "--seed") for word in shlex.split(command, comments=True)]
+            names = [i for i, word in enumerate(words) if word.endswith(".py")]
+            if names:
+                yield words[names[0]].removesuffix(".py"), words[names[0] + 1 :]
+
+
+@pytest.mark.parametrize("script, args", readme_commands(), ids=lambda v: v if isinstance(v, str) else " ".join(v))
+def test_every_command_of_the_readme_parses(script, args, monkeypatch):
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def only_parse(self, argv=None):
+        parse_args(self, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    with pytest.raises(Parsed):
+        globals()[script].main(args)
+
+
+def test_every_name_of_the_readmes_tables_exists():
+    text = (Path(biflow.__file__).parent / "README.md").read_text()
+    section = text.split("## From the paper to the code")[1].split("\n## ")[0]
+    names = re.findall(r"`([A-Za-z_.]+)`", section)
+    assert len(names) > 15
+    for name in names:
+        if name != "biflow.py":
+            owner, _, member = name.partition(".")
+            assert hasattr(getattr(biflow, owner), member or "__doc__") or member in Config.__dataclass_fields__

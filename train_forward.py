@@ -18,7 +18,9 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
+import tempfile
 import time
 import warnings
 import zipfile
@@ -30,7 +32,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from biflow import SIZES, BiFlow, Config, TARFlow, nll_loss
@@ -91,8 +97,9 @@ class Processes:
         return x
 
 
-def start_processes() -> Processes:
-    """Choose the device (CUDA, MPS, CPU) and join torchrun's process group, if there is one."""
+def start_processes(args: argparse.Namespace | None = None) -> Processes:
+    """Choose the device (CUDA, MPS, CPU) and join torchrun's process group, if there is one. Where args leave open whether
+    to compile and whether to compute in bf16, the device decides: both on CUDA, neither elsewhere."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -100,6 +107,9 @@ def start_processes() -> Processes:
         torch.set_float32_matmul_precision("high")
     else:
         device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    for name in ("compile", "bf16"):
+        if args is not None and getattr(args, name) is None:
+            setattr(args, name, device.type == "cuda")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Processes(device, rank, world)
@@ -108,6 +118,55 @@ def start_processes() -> Processes:
 def autocast(device: torch.device, enabled: bool):
     """bf16 autocast. Without the cache of cast weights: one filled under no_grad would cut the gradient off later."""
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def bfloat16_weights(model: torch.nn.Module):
+    """Store for good what autocast would cast at each call: the weights of the linear layers, but not of PreciseLinear."""
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.to(torch.bfloat16)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cost
+
+# Peak of dense bf16 products in FLOP/s, by a part of the GPU's name
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up torch's own formulas for what it executes (FlopCounterMode cannot see through autograd.grad)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if op.overloadpacket in flop_registry:
+            self.total += flop_registry[op.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def count_flops(f) -> int:
+    """Floating-point operations of the matrix products and convolutions in f(), a multiply-add being two."""
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
+        f()
+    return counter.total
+
+
+def reset_peak_memory(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # Linux alone has it
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB at the peak since the last reset: allocated on the GPU, else resident of this whole process; nan: not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    with suppress(OSError):
+        return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+    return math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,6 +435,17 @@ def load_data(data: str, img_size: int | None, vae: str | None, runs: Path, proc
     return Data(cache / "data.npy", labels, fit, val, val, flip=True, info=info)
 
 
+def random_latents(size: str) -> Data:
+    """Noise in the shape of the size's latents: enough to measure what a step costs."""
+    config, n = SIZES[size], 64
+    rng = np.random.default_rng(0)
+    array = rng.standard_normal((n, config.channels, config.img_size, config.img_size), np.float32)
+    classes = [str(c) for c in range(config.num_classes)]
+    info = dict(data="random", cache=None, vae=None, img_size=config.img_size, classes=classes, mean=None, std=None)
+    everything = np.arange(n)
+    return Data(array, rng.integers(0, len(classes), n), everything, everything, everything, flip=False, info=info)
+
+
 def data_of(run: dict) -> str:
     """What a run was trained on, for --data: its cache if that is still there, else its images, or "digits"."""
     return run["cache"] if run["cache"] and Path(run["cache"]).is_dir() else run["data"]
@@ -548,7 +618,7 @@ PRESETS = {
     "XL": _B | dict(lr=1e-4),
 }
 # Flags that may differ between the parts of one run: they do not change its weights.
-NEUTRAL = "out resume fresh num_workers micro_batch compile log_every save_every".split()
+NEUTRAL = "out resume fresh num_workers micro_batch compile log_every save_every benchmark activation_checkpointing".split()
 
 
 def number(kind: type, low: float, high: float = math.inf):
@@ -589,13 +659,16 @@ def parser_of(stage: str, description: str, presets: dict) -> argparse.ArgumentP
     add("--batch-size", type=count, help=f"global batch, over all processes ({by_size('batch_size')})")
     add("--micro-batch", type=count, help="largest batch on one device, if its share of the batch must be accumulated")
     add("--lr", type=positive, help=f"peak learning rate of AdamW ({by_size('lr')})")
-    add("--weight-decay", type=positive, help=f"of AdamW, on matrices ({by_size('weight_decay')})")
+    add("--weight-decay", type=positive, help=f"of AdamW, on matrices that are no embeddings ({by_size('weight_decay')})")
     add("--warmup", type=number(int, 0), help=f"steps of linear warm-up before the cosine ({by_size('warmup')})")
     help_ = "decay of the weights' average, after a warm-up of its own (default: 0.9999)"
     add("--ema", type=fraction, default=0.9999, help=help_)
     add("--label-drop", type=fraction, default=0.1, help="share of labels dropped, for guidance (default: 0.1)")
     add("--num-workers", type=number(int, 0), help=f"processes that load data ({by_size('num_workers')})")
     add("--seed", type=number(int, 0), default=0, help="(default: 0)")
+    add("--activation-checkpointing", action="store_true", help="compute each block twice, and keep its input alone")
+    help_ = "time 10 steps, print their cost, keep nothing; sizes other than toy need no data for it"
+    add("--benchmark", action="store_true", help=help_)
     add("--resume", default="auto", metavar="CKPT", help="a checkpoint; default auto: go on from --out's, if it has one")
     add("--fresh", action="store_true", help="start over; an existing run folder is renamed, never deleted")
     add("--compile", action=on_off, help="torch.compile (default: on CUDA)")
@@ -719,14 +792,18 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
     micro_batches = math.ceil(share / (args.micro_batch or share))
     if args.batch_size < processes.world * micro_batches:
         fail(f"--batch-size {args.batch_size} leaves some of {processes.world} processes x {micro_batches} parts empty")
+    if args.benchmark:
+        args.out = out = Path(tempfile.mkdtemp(prefix=out.name))
+        args.steps, args.log_every, args.fresh, args.resume = 13, 14, False, "auto"
     state = open_run(args, run, processes)
 
     model.to(processes.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [dict(params=matrices, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=on_cuda)
+    groups = {True: [], False: []}  # weight decay is for matrices: neither for vectors nor for embeddings
+    for name, p in model.named_parameters():
+        groups[p.ndim >= 2 and "embed" not in name].append(p)
+    groups = [dict(params=ps, weight_decay=args.weight_decay * decayed) for decayed, ps in groups.items()]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=processes.device.type != "mps")
     start = skipped = 0
     if state is not None:
         model.load_state_dict(state["model"])
@@ -736,7 +813,10 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
         if processes.first:  # a kill may have come between the checkpoint and the rest
             save_model(out, ema, run | dict(step=start))
             print(f"{out}: going on from step {start} of {args.steps}")
-    if args.compile if args.compile is not None else on_cuda:
+    if args.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
         for block in model.blocks:
             block.compile()
     net = DistributedDataParallel(model, broadcast_buffers=False) if processes.world > 1 else model
@@ -768,7 +848,7 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
             batches, batch_size=None, sampler=order, num_workers=args.num_workers, pin_memory=on_cuda
         )
     )
-    sums, in_a_row, logged, clock = {}, 0, start, time.perf_counter()
+    sums, moments, in_a_row, logged, clock = {}, [], 0, start, time.perf_counter()
     with (
         stop_requests() as asked,
         tqdm(total=args.steps, initial=start, desc=out.name, disable=not processes.first, mininterval=1) as bar,
@@ -792,6 +872,7 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             flags = torch.stack([(~norm.isfinite()).float(), norm.new_full((), float(len(asked)))])
             bad, stopping = processes.sum(flags).tolist()  # the one host read of a step
+            moments.append(time.perf_counter())
             if bad:
                 skipped, in_a_row, sums = skipped + 1, in_a_row + 1, {}
                 if in_a_row == 5:
@@ -811,6 +892,8 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
                     log(step=done, **means, **extra, images_per_s=round(speed, 1))
                     bar.set_postfix_str(f"loss {means['loss']:.4f}, {speed:.0f} images/s")
                 sums, logged, clock = {}, done, time.perf_counter()
+            if args.benchmark:
+                continue
             if done % args.save_every == 0 or done == args.steps or stopping:
                 save(done)
                 if processes.first and not stopping:
@@ -823,6 +906,24 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
             if stopping:
                 print(f"stopped at step {done} on request; the same command goes on from there")
                 break
+    if args.benchmark:
+        shutil.rmtree(out, ignore_errors=True)
+        memory = peak_memory(processes.device)
+        seconds = statistics.median(b - a for a, b in zip(moments[2:], moments[3:]))
+        sample = [part[:16].to(processes.device) for part in batches[0][:3]] + [batches[0][3][:16]]
+        flops = count_flops(lambda: compute_loss(model, sample, 0)[0].backward()) / len(sample[3])
+        rate, name = args.batch_size / seconds, processes.device.type
+        line = (
+            f"{rate:.1f} images/s, {1e3 * seconds:.1f} ms a step of {args.batch_size}, {flops / 1e9:.3g} GFLOPs an image, "
+        )
+        line += f"{flops * rate / 1e12:.3g} TFLOP/s, peak memory {memory:.2f} GiB"
+        if on_cuda:
+            name = torch.cuda.get_device_name()
+            peak = next((v for k, v in PEAK_FLOPS.items() if k in name), math.nan) * processes.world
+            line += f", {flops * rate / peak:.1%} of the peak in bf16"
+        if processes.first:
+            precision = "bf16" if args.bf16 else "float32"
+            print(f"{name} x {processes.world}, {precision}, {'compiled' if args.compile else 'eager'}: {line}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -843,6 +944,25 @@ def network_config(args, data: Data, **fields) -> Config:
         fail(error)
 
 
+def import_flow(path: str, data: Data) -> TARFlow:
+    """A published TARFlow checkpoint (a file of its state dict) for these data; sizes are read off its tensors' shapes."""
+    state, (C, H, _) = load_weights(path), data.shape
+    try:
+        T, width = state["blocks.0.pos_embed"].shape
+        D, classes = state["blocks.0.proj_in.weight"].shape[1], state.get("blocks.0.class_embed", ())
+        blocks, layers = (1 + max(int(k.split(".")[i]) for k in state if "attn_blocks" in k) for i in (1, 3))
+        patch = H // math.isqrt(T)
+        if (math.isqrt(T) * patch, C * patch**2, len(classes)) != (H, D, len(data.info["classes"])):
+            has = f"{T} tokens of {D} numbers and {len(classes)} classes"
+            raise ValueError(f"it has {has}, the data {C} x {H} x {H} and {len(data.info['classes'])} classes")
+        size = dict(img_size=H, channels=C, patch_size=patch, num_classes=len(classes))
+        return TARFlow.from_tarflow(state, Config(**size, width=width, blocks=blocks, layers=layers))
+    except KeyError as error:
+        fail(f"{path} is not a TARFlow checkpoint: it has no {error}")
+    except ValueError as error:
+        fail(f"cannot import {path}: {error}")
+
+
 def versions() -> dict:
     return dict(python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__)
 
@@ -852,20 +972,26 @@ def main(argv=None):
     parser = parser_of("forward", "Stage 1 of BiFlow: train the flow F (TARFlow) by maximum likelihood.", PRESETS)
     help_ = "bound c on (alpha, mu), the paper's norm control, part one; or none (default: 3, ours)"
     parser.add_argument("--clip", type=number_or_none, default=3.0, help=help_)
+    help_ = "no training: make a run folder of a published TARFlow checkpoint (give its --data, --img-size and --sigma)"
+    parser.add_argument("--import", dest="checkpoint", metavar="CKPT", help=help_)
     args = parse(parser, PRESETS, argv)
-    if args.data is None:
+    if args.data is None and not args.benchmark:
         fail(f"size {args.size} has no default data; give --data DIR, a folder of class subfolders of images")
     args.out = args.out or Path("runs") / f"forward-{args.size}"
     args.vae = None if args.vae == "none" else args.vae
     args.sigma = args.sigma if args.sigma is not None else 0.3 if args.vae else 0.1
-    processes = start_processes()
-    args.bf16 = processes.device.type == "cuda" if args.bf16 is None else args.bf16
-
-    data = load_data(args.data, args.img_size, args.vae, args.out.parent, processes, args.num_workers)
+    processes = start_processes(args)
+    if args.benchmark and args.data is None:
+        data = random_latents(args.size)
+    else:
+        data = load_data(args.data, args.img_size, args.vae, args.out.parent, processes, args.num_workers)
     torch.manual_seed(args.seed)
-    model = TARFlow(network_config(args, data, clip=args.clip))
+    if args.checkpoint:
+        model = import_flow(args.checkpoint, data)
+    else:
+        model = TARFlow(network_config(args, data, clip=args.clip))
     run = dict(data.info, stage="forward", sigma=args.sigma, seed=args.seed, versions=versions())
-    decode = load_decoder(run, processes.device)
+    decode = load_decoder(run, processes.device)  # for the grids
 
     def compute_loss(net, batch, step):
         """Maximum likelihood of x~ = x + sigma eps, with some labels dropped."""
@@ -888,7 +1014,17 @@ def main(argv=None):
         rows = [("real", decode(x)), ("exact inverse", decode(ema.inverse(z, y)))]
         return {"val_nll": torch.cat(nll).mean().item()}, rows
 
-    train(args, processes, model, run, data, compute_loss, evaluate)
+    if args.checkpoint:
+        run["args"] = {}
+        open_run(args, run, processes)
+        save_model(args.out, model.to(processes.device), run | dict(step=0))
+        figures, rows = evaluate(model)
+        save_grid(args.out / "samples-0000000.png", rows)
+        print(
+            f"{args.out}: imported {args.checkpoint}, val_nll {figures['val_nll']:.4f} nats per dimension at sigma {args.sigma:g}"
+        )
+    else:
+        train(args, processes, model, run, data, compute_loss, evaluate)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from biflow import SIZES, BiFlow, PerceptualDistance, reverse_loss
+from biflow import SIZES, BiFlow, PerceptualDistance, TARFlow, reverse_loss
 from train_forward import PRESETS as FORWARD_PRESETS
-from train_forward import autocast, data_of, fail, load_data, load_decoder, load_run, load_weights, number, parse
-from train_forward import parser_of, script, sample_noise, start_processes, train, validation_batches, versions
+from train_forward import autocast, bfloat16_weights, data_of, fail, load_data, load_decoder, load_run, load_weights, number
+from train_forward import parse, parser_of, random_latents, sample_noise, script, start_processes, train
+from train_forward import validation_batches, versions
 
 # What a size trains with, where a flag does not say otherwise; all of it [ours] but the two perceptual weights.
 PRESETS = {size: dict(preset, lpips=0.4, convnext=0.1) for size, preset in FORWARD_PRESETS.items()}
@@ -88,19 +89,29 @@ def main(argv=None):
     args.out = args.out or Path("runs") / f"reverse-{args.size}"
     args.forward = args.forward or Path("runs") / f"forward-{args.size}"
     args.w_max = SIZES[args.size].w_max if args.w_max is None else args.w_max
-    processes = start_processes()
-    args.bf16 = processes.device.type == "cuda" if args.bf16 is None else args.bf16
+    processes = start_processes(args)
 
-    flow, forward_run = load_run(args.forward, "forward")
+    synthetic = args.benchmark and args.size != "toy" and not args.forward.exists()
+    if synthetic:
+        data = random_latents(args.size)
+        flow, forward_run = TARFlow(SIZES[args.size]), dict(data.info, sigma=0.3)
+    else:
+        flow, forward_run = load_run(args.forward, "forward")
     vae = forward_run["vae"] if args.vae is None else None if args.vae == "none" else args.vae
     args.sigma = forward_run["sigma"] if args.sigma is None else args.sigma
     size = args.img_size or forward_run["img_size"]
-    data = load_data(args.data or data_of(forward_run), size, vae, args.out.parent, processes, args.num_workers)
+    if not synthetic:
+        data = load_data(args.data or data_of(forward_run), size, vae, args.out.parent, processes, args.num_workers)
     for name in ("vae", "img_size", "classes", "mean", "std"):
         if data.info[name] != forward_run[name]:
             fail(f"the data have {name} {data.info[name]}, the flow was trained with {forward_run[name]}; give its data")
 
     flow = flow.to(processes.device).requires_grad_(False)
+    if args.bf16:
+        bfloat16_weights(flow)
+    if args.compile:
+        for block in flow.blocks:
+            block.compile()
     fields = {k: getattr(flow.config, k) for k in ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")}
     torch.manual_seed(args.seed)
     model = BiFlow(
@@ -118,16 +129,16 @@ def main(argv=None):
     def trajectory(x, eps, y):
         """The frozen flow's states for x~ = x + sigma eps, and the target of x': clean where a block denoises, or x~."""
         noisy = x + args.sigma * eps
-        return flow(noisy, y)[0], x if args.denoise == "learned" else noisy
+        with torch.no_grad(), autocast(processes.device, args.bf16):
+            return flow(noisy, y)[0], x if args.denoise == "learned" else noisy
 
     def compute_loss(net, batch, step):
         x, eps, y, u = batch
         dropped = u[:, 1] < args.label_drop  # for F and G alike, and without guidance
         w = torch.where(dropped, 0.0, draw_guidance(u[:, 2:4], args.w_max))
         y = torch.where(dropped.to(y.device), -1, y)
+        states, target = trajectory(x, eps, y)
         with autocast(processes.device, args.bf16):
-            with torch.no_grad():
-                states, target = trajectory(x, eps, y)
             x_prime, predictions = net(states[-1], y, w)
             loss, errors = reverse_loss(x_prime, predictions, target, states, args.adaptive_p, args.trajectory_norm)
             if perceptual is not None and step % args.perceptual_every == 0:
@@ -147,7 +158,8 @@ def main(argv=None):
             n += len(y)
         x, y = x[:16], y[:16]
         z = sample_noise(args.seed, range(len(y)), ema.config).to(processes.device)
-        rows = [("real", decode(x)), ("exact inverse", decode(flow.inverse(z, y)))]
+        with autocast(processes.device, args.bf16):
+            rows = [("real", decode(x)), ("exact inverse", decode(flow.inverse(z, y)))]
         for w in sorted({0.0, args.w_max}):
             rows.append((f"BiFlow w={w:g}", decode(ema.sample(z, y, w))))
         return {f"val_error_{k}": v.item() / n for k, v in sums.items()}, rows
