@@ -125,6 +125,14 @@ class DigitsReal:
     def figures(self, images, labels) -> dict[str, float]:
         return digits_figures(images, labels, self.train, self.test, self.classifier)
 
+    def rows(self, draws: int) -> list[tuple[str, list[dict], tuple]]:
+        """The test split against itself, and the training split against it: the floor."""
+        labels, fit = self.data.labels, self.data.fit
+        rng = np.random.default_rng(0)
+        orders = [rng.permutation(len(fit)) for _ in range(draws)]  # precision and recall take the first ones
+        floor = [self.figures(self.train[o], labels[fit][o]) | {"nearest": math.nan} for o in orders]  # 0 by construction
+        return [("real: test", [self.figures(self.test, labels[self.data.test])], ()), ("real: train (floor)", floor, ())]
+
     def draws(self, sampler: Sampler, method: str, w: float, args) -> list[dict]:
         """The figures of --draws independent sets of samples; the same z and labels for every method."""
         y = balanced_labels(range(args.n), range(10))
@@ -136,11 +144,7 @@ class DigitsReal:
 def digits_table(sampler: Sampler, args) -> list[tuple[str, list[dict], tuple]]:
     """Rows (name, figures of each draw, ms per image at batch 1 and 256), the real digits first."""
     real = DigitsReal()
-    labels, fit = real.data.labels, real.data.fit
-    rng = np.random.default_rng(0)
-    orders = [rng.permutation(len(fit)) for _ in range(args.draws)]  # precision and recall take the first ones
-    floor = [real.figures(real.train[o], labels[fit][o]) | {"nearest": math.nan} for o in orders]  # zero by construction
-    rows = [("real: test", [real.figures(real.test, labels[real.data.test])], ()), ("real: train (floor)", floor, ())]
+    rows = real.rows(args.draws)
     costs = cost_table(sampler, args.method, 256)
     for method in args.method:
         for w in args.guidance if method.startswith("biflow") else [0.0]:
@@ -149,7 +153,7 @@ def digits_table(sampler: Sampler, args) -> list[tuple[str, list[dict], tuple]]:
 
 
 def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str, list[dict], tuple]]:
-    """Rows as of digits_table, but a row is what several digits runs say that differ by their seed alone: the mean of each
+    """Rows as of digits_table, but a row of samples is what several digits runs say that differ by their seed alone: the mean of each
     run's draws. A row's name is the method and what sets its run apart; a flow that several runs share counts once."""
     real, found, scored = DigitsReal(), {}, set()
     for folder in folders:
@@ -176,7 +180,7 @@ def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str
     settings = [json.loads(key) for key in found]
     reverse = [s for s in settings if s["method"].startswith("biflow")]
     differing = [k for k in ("clip", *TABLED) if len({json.dumps(s.get(k)) for s in reverse}) > 1]
-    rows = []
+    rows = real.rows(args.draws)
     for told, members in zip(settings, found.values()):
         name = " ".join([told["method"]] + [f"{k}={told[k]}" for k in differing if told.get(k) is not None or k == "clip"])
         name += f" w={told['guidance']:g}" if told["guidance"] else ""

@@ -1127,6 +1127,8 @@ def test_a_table_puts_runs_that_differ_by_their_seed_into_one_row(toy, tmp_path,
     args = SimpleNamespace(method=None, guidance=[0.0], draws=2, n=50, seed=0)
     alone = train_forward.Processes(torch.device("cpu"))
     rows = fid.runs_table(runs, args, alone)
+    assert [name for name, _, _ in rows[:2]] == ["real: test", "real: train (floor)"]
+    rows = rows[2:]
     names = ["exact (1)", "exact+score (1)", "biflow strategy=align (2)", "biflow strategy=naive (1)"]
     assert [name for name, _, _ in rows] == names
     seeds = rows[2][1]
@@ -1832,8 +1834,10 @@ def readme_commands():
     """Every `python X.py ...` and `torchrun ... X.py ...` in the README's shell blocks, as (script, arguments)."""
     text = (Path(biflow.__file__).parent / "README.md").read_text()
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for command in re.split(r"\n|&&|;", block.replace("\\\n", " ")):
-            words = [word.replace("$s", "0").replace("$f", "--seed") for word in shlex.split(command, comments=True)]
+        values = {"s": "0"} | dict(re.findall(r'(\w+)="([^"]*)"', block))
+        block = re.sub(r"\$(\w+)", lambda m: values[m[1]].replace("$s", "0"), block)
+        for command in re.split(r"\n|&&|;", block):
+            words = shlex.split(command, comments=True)
             names = [i for i, word in enumerate(words) if word.endswith(".py")]
             if names:
                 yield words[names[0]].removesuffix(".py"), words[names[0] + 1 :]
