@@ -908,22 +908,25 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
                 break
     if args.benchmark:
         shutil.rmtree(out, ignore_errors=True)
-        memory = peak_memory(processes.device)
         seconds = statistics.median(b - a for a, b in zip(moments[2:], moments[3:]))
-        sample = [part[:16].to(processes.device) for part in batches[0][:3]] + [batches[0][3][:16]]
-        flops = count_flops(lambda: compute_loss(model, sample, 0)[0].backward()) / len(sample[3])
-        rate, name = args.batch_size / seconds, processes.device.type
-        line = (
-            f"{rate:.1f} images/s, {1e3 * seconds:.1f} ms a step of {args.batch_size}, {flops / 1e9:.3g} GFLOPs an image, "
-        )
-        line += f"{flops * rate / 1e12:.3g} TFLOP/s, peak memory {memory:.2f} GiB"
-        if on_cuda:
-            name = torch.cuda.get_device_name()
-            peak = next((v for k, v in PEAK_FLOPS.items() if k in name), math.nan) * processes.world
-            line += f", {flops * rate / peak:.1%} of the peak in bf16"
-        if processes.first:
-            precision = "bf16" if args.bf16 else "float32"
-            print(f"{name} x {processes.world}, {precision}, {'compiled' if args.compile else 'eager'}: {line}")
+        print_step_cost(args, processes, model, compute_loss, batches[0], seconds)
+
+
+def print_step_cost(args, processes: Processes, model, compute_loss, batch, seconds: float):
+    """One line: what a training step of so many seconds costs. FLOPs are counted on a few samples of a micro-batch."""
+    memory, device = peak_memory(processes.device), processes.device.type
+    few = [part[:16].to(processes.device) for part in batch[:3]] + [batch[3][:16]]
+    flops = count_flops(lambda: compute_loss(model, few, 0)[0].backward()) / len(few[3])
+    rate = args.batch_size / seconds
+    parts = [f"{rate:.1f} images/s", f"{1e3 * seconds:.1f} ms a step of {args.batch_size}", f"peak memory {memory:.2f} GiB"]
+    parts += [f"{flops / 1e9:.3g} GFLOPs an image", f"{flops * rate / 1e12:.3g} TFLOP/s"]
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
+        peak = next((v for k, v in PEAK_FLOPS.items() if k in device), math.nan) * processes.world
+        parts.append(f"{flops * rate / peak:.1%} of the peak in bf16")
+    how = f"{'bf16' if args.bf16 else 'float32'}, {'compiled' if args.compile else 'eager'}"
+    if processes.first:
+        print(f"{processes.world} x {device}, {how}: {', '.join(parts)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
