@@ -886,6 +886,16 @@ def test_two_processes_train_as_one_does(tmp_path, toy, script):
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4)
 
 
+def test_weight_decay_shrinks_matrices_but_neither_vectors_nor_embeddings(tmp_path):
+    args = ["--steps", "1", "--warmup", "0", "--lr", "0.01", "--ema", "0", "--batch-size", "8"]
+    for decay in ("0", "1"):
+        train_forward.main([*args, "--weight-decay", decay, "--out", str(tmp_path / decay)])
+    a, b = (train_forward.load_run(tmp_path / decay)[0].state_dict() for decay in ("0", "1"))
+    for name in a:
+        decayed = a[name].ndim == 2 and "embed" not in name and "proj_out" not in name  # proj_out starts at zero
+        assert torch.equal(a[name], b[name]) != decayed
+
+
 @pytest.mark.parametrize("script", [train_forward, train_reverse], ids=["forward", "reverse"])
 def test_activation_checkpointing_changes_no_weight(tmp_path, toy, script):
     args = ["--steps", "4", "--batch-size", "8", "--save-every", "9"]
