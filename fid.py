@@ -19,7 +19,18 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sample import METHODS, Sampler, balanced_labels, cost_table
-from train_forward import IMAGE_TYPES, VAE, Processes, fail, load_digits, load_run, load_weights, number, read_image, script
+from train_forward import (
+    IMAGE_TYPES,
+    VAE,
+    Processes,
+    fail,
+    load_digits,
+    load_weights,
+    number,
+    read_image,
+    read_metrics,
+    script,
+)
 from train_forward import start_processes, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,62 +152,66 @@ class DigitsReal:
         return [self.figures(images, y.numpy()) for images in sets]
 
 
+def compared(methods: list[str], guidance: list[float]) -> list[tuple[str, float]]:
+    """The (method, w) of a table's rows: every w for BiFlow, none for the exact inverse."""
+    return [(m, w) for m in methods for w in (guidance if m.startswith("biflow") else [0.0])]
+
+
 def digits_table(sampler: Sampler, args) -> list[tuple[str, list[dict], tuple]]:
     """Rows (name, figures of each draw, ms per image at batch 1 and 256), the real digits first."""
     real = DigitsReal()
     rows = real.rows(args.draws)
     costs = cost_table(sampler, args.method, 256)
-    for method in args.method:
-        for w in args.guidance if method.startswith("biflow") else [0.0]:
-            rows.append((method + (f" w={w:g}" if w else ""), real.draws(sampler, method, w, args), costs[method]))
+    for method, w in compared(args.method, args.guidance):
+        rows.append((method + (f" w={w:g}" if w else ""), real.draws(sampler, method, w, args), costs[method]))
     return rows
+
+
+# What can set two runs of a table apart
+SETTINGS = "clip strategy denoise trajectory_norm adaptive_p w_max steps sigma lr weight_decay batch_size".split()
 
 
 def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str, list[dict], tuple]]:
-    """Rows as of digits_table, but a row of samples is what several digits runs say that differ by their seed alone: the mean of each
-    run's draws. A row's name is the method and what sets its run apart; a flow that several runs share counts once."""
-    real, found, scored = DigitsReal(), {}, set()
-    for folder in folders:
+    """Rows as of digits_table, but a row of samples is what several digits runs say that differ by their seed alone: the
+    mean of each run's draws. A row's name is the method and what sets its run apart; a flow of several runs counts once."""
+    real, found, flows = DigitsReal(), {}, set()
+    for folder in map(Path, folders):
         sampler = Sampler.load(folder, processes)
         if sampler.run["data"] != "digits":
             fail(f"{folder} was not trained on digits; --table compares runs that were")
-        for method in args.method or sampler.methods:
-            for w in args.guidance if method.startswith("biflow") else [0.0]:
-                sampler.check(method, w)
-                of_flow = method.startswith("exact")
-                source = Path(folder) / sampler.run.get("forward", "") if of_flow else Path(folder)
-                if (source.resolve(), method) in scored and of_flow:
-                    continue
-                scored.add((source.resolve(), method))
-                run = load_run(source)[1] if of_flow else sampler.run
-                told = {k: v for k, v in run["args"].items() if k not in ("seed", "forward")}
-                told |= {"method": method, "guidance": w, "clip": sampler.config.clip}
-                draws = real.draws(sampler, method, w, args)
-                figures = {k: float(np.mean([d[k] for d in draws])) for k in draws[0]}
-                if not of_flow:
-                    figures |= last_errors(Path(folder))
-                cost = cost_table(sampler, [method], 256)[method]
-                found.setdefault(json.dumps(told, sort_keys=True), []).append((figures, cost))
-    settings = [json.loads(key) for key in found]
-    reverse = [s for s in settings if s["method"].startswith("biflow")]
-    differing = [k for k in ("clip", *TABLED) if len({json.dumps(s.get(k)) for s in reverse}) > 1]
+        flow = (folder / sampler.run.get("forward", "")).resolve()
+        methods = [m for m in args.method or sampler.methods if m.startswith("biflow") or (flow, m) not in flows]
+        flows |= {(flow, m) for m in methods}
+        pairs = compared(methods, args.guidance)
+        for pair in pairs:
+            sampler.check(*pair)
+        costs = cost_table(sampler, methods, 256)
+        for method, w in pairs:
+            draws = real.draws(sampler, method, w, args)
+            figures = {k: float(np.mean([d[k] for d in draws])) for k in draws[0]}
+            run = sampler.run
+            if method.startswith("biflow"):
+                figures |= last_errors(folder)
+            else:
+                run = json.loads((flow / "run.json").read_text())
+            key = {k: v for k, v in run["args"].items() if k not in ("seed", "forward")}
+            key |= {"method": method, "guidance": w, "clip": sampler.config.clip}
+            found.setdefault(json.dumps(key, sort_keys=True), []).append((figures, costs[method]))
+    keys = [json.loads(key) for key in found]
+    reverse = [key for key in keys if key["method"].startswith("biflow")]
+    differing = [k for k in SETTINGS if len({json.dumps(key.get(k)) for key in reverse}) > 1]
     rows = real.rows(args.draws)
-    for told, members in zip(settings, found.values()):
-        name = " ".join([told["method"]] + [f"{k}={told[k]}" for k in differing if told.get(k) is not None or k == "clip"])
-        name += f" w={told['guidance']:g}" if told["guidance"] else ""
-        rows.append(
-            (f"{name} ({len(members)})", [m[0] for m in members], tuple(np.median([m[1] for m in members], axis=0)))
-        )
+    for key, members in zip(keys, found.values()):
+        figures, costs = zip(*members)
+        name = " ".join([key["method"]] + [f"{k}={key[k]}" for k in differing if k == "clip" or key.get(k) is not None])
+        name += (f" w={key['guidance']:g}" if key["guidance"] else "") + f" ({len(members)})"
+        rows.append((name, list(figures), tuple(np.median(costs, axis=0))))
     return rows
-
-
-TABLED = "strategy denoise trajectory_norm adaptive_p w_max steps sigma lr weight_decay batch_size".split()
 
 
 def last_errors(folder: Path) -> dict[str, float]:
     """The last validation errors of a reverse run, of x' and of each depth, in per cent."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = next((line for line in reversed(lines) if "val_error_x" in line), {})
+    last = next((line for line in reversed(read_metrics(folder)) if "val_error_x" in line), {})
     return {f"% {k.removeprefix('val_error_')}": 100 * v for k, v in last.items() if k.startswith("val_error_")}
 
 

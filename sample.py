@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from biflow import SIZES, BiFlow, TARFlow, rms_normalize, unpatchify
-from train_forward import EVAL, VAE, Data, Processes, autocast, bfloat16_weights, count_flops, data_of, fail, load_data
-from train_forward import load_decoder, load_run, number, peak_memory, read_image, reset_peak_memory, sample_noise
-from train_forward import sample_rng, save_grid, script, start_processes, to_uint8
+from train_forward import EVAL, VAE, Data, Processes, autocast, count_flops, data_of, fail, freeze, load_data
+from train_forward import load_decoder, load_run, number, peak_memory, read_image, read_metrics, reset_peak_memory
+from train_forward import sample_noise, sample_rng, save_grid, script, start_processes, to_uint8
 
 METHODS = ("biflow", "biflow-2nfe", "biflow+score", "exact", "exact+score")
 
@@ -38,15 +38,9 @@ class Sampler:
         self.flow, self.reverse, self.run, self.folder = flow, reverse, run, folder
         self.device, self.config = processes.device, flow.config
         self.bf16, compiled = (getattr(args, name, self.device.type == "cuda") for name in ("bf16", "compile"))
-        for net in (flow, reverse):
-            if net is None:
-                continue
-            net.to(self.device).eval().requires_grad_(False)
-            if self.bf16:
-                bfloat16_weights(net)
-            if compiled:
-                for block in net.blocks:
-                    block.compile()
+        freeze(flow, self.device, self.bf16, compiled)
+        if reverse is not None:
+            freeze(reverse, self.device, self.bf16, compiled)
         if compiled:
             for block in flow.blocks:
                 block.step = torch.compile(block.step, dynamic=True)
@@ -60,9 +54,13 @@ class Sampler:
         return cls(load_run(Path(folder) / run["forward"], "forward")[0], model, run, Path(folder), processes, args)
 
     @functools.cached_property
-    def decode(self):
-        """What the models see (N, C, H, W) -> images (N, c, S, S) in [-1, 1]."""
+    def decoder(self):
         return load_decoder(self.run, self.device)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """What the models see (N, C, H, W) -> images (N, c, S, S) in about [-1, 1]."""
+        with torch.no_grad(), autocast(self.device, self.bf16):
+            return self.decoder(x)
 
     @property
     def methods(self) -> list[str]:
@@ -97,9 +95,7 @@ class Sampler:
 
     def draw(self, method: str, z: torch.Tensor, y: torch.Tensor, w: float = 0.0) -> torch.Tensor:
         """z (N, T, D), y (N,) -> images (N, c, S, S) in about [-1, 1]."""
-        x = self(method, z, y, w)
-        with torch.no_grad(), autocast(self.device, self.bf16):
-            return self.decode(x)
+        return self.decode(self(method, z, y, w))
 
     def images(self, method: str, indices, y: torch.Tensor, w: float = 0.0, seed: int = 0) -> torch.Tensor:
         """The images with these indices and labels y (N,)."""
@@ -124,17 +120,18 @@ def milliseconds(f, device: torch.device, repeats: int = 5) -> float:
     return 1e3 * statistics.median(times[1:])
 
 
+def workload(sampler: Sampler, method: str, n: int, w: float = 0.0):
+    """A function without arguments that draws n samples by a method, undecoded, or decodes n ("VAE decode")."""
+    z = sample_noise(0, range(n), sampler.config).to(sampler.device)
+    y = balanced_labels(range(n), range(sampler.config.num_classes)).to(sampler.device)
+    if method == "VAE decode":
+        return functools.partial(sampler.decode, unpatchify(z, sampler.config.patch_size))
+    return functools.partial(sampler, method, z, y, w)
+
+
 def cost_table(sampler: Sampler, methods: list[str], batch: int) -> dict[str, tuple[float, float]]:
     """Method -> ms per image at batch 1 and at the full batch, without guidance, decoding not included."""
-    table = {}
-    for method in methods:
-        row = []
-        for n in (1, batch):
-            z = sample_noise(0, range(n), sampler.config).to(sampler.device)
-            y = balanced_labels(range(n), range(sampler.config.num_classes)).to(sampler.device)
-            row.append(milliseconds(lambda: sampler(method, z, y), sampler.device) / n)
-        table[method] = tuple(row)
-    return table
+    return {m: tuple(milliseconds(workload(sampler, m, n), sampler.device) / n for n in (1, batch)) for m in methods}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,7 +150,7 @@ def random_sampler(size: str, processes: Processes, args) -> Sampler:
         from diffusers import AutoencoderKL
 
         vae = AutoencoderKL(**SD_VAE).to(processes.device).eval().requires_grad_(False)
-        sampler.run["vae"], sampler.decode = "random", lambda x: vae.decode(x).sample
+        sampler.run["vae"], sampler.decoder = "random", lambda x: vae.decode(x).sample
     return sampler
 
 
@@ -172,23 +169,11 @@ def speed_table(sampler: Sampler, batch: int, w: float, repeats: int) -> list[di
     rows += [("exact+score", flow, f"{T}{guided} + 1", inverse_layers + 2 * F_layers)]
     table = []
     for method, net, nfe, layers in rows + [("VAE decode", None, "", "")] * bool(sampler.run["vae"]):
-        row = dict(method=method, nfe=nfe, layers=layers)
+        row = dict(method=method, nfe=nfe, layers=layers, gflops=count_flops(workload(sampler, method, 1, w)) / 1e9)
+        if net is not None:
+            row["params_M"] = sum(p.numel() for p in net.parameters()) / 1e6
         for n in (1, batch):
-            z = sample_noise(0, range(n), config).to(device)
-            y = balanced_labels(range(n), range(config.num_classes)).to(device)
-            if net is not None:
-                row["params_M"] = sum(p.numel() for p in net.parameters()) / 1e6
-                f = functools.partial(sampler, method, z, y, w)
-            else:
-                latents = unpatchify(z, config.patch_size)
-
-                @torch.no_grad()
-                def f():
-                    with autocast(device, sampler.bf16):
-                        return sampler.decode(latents)
-
-            if n == 1:
-                row["gflops"] = count_flops(f) / 1e9
+            f = workload(sampler, method, n, w)
             reset_peak_memory(device)
             row[f"ms_{n}"] = milliseconds(f, device, repeats) / n
             row[f"gib_{n}"] = peak_memory(device)
@@ -228,13 +213,17 @@ def held_out(sampler: Sampler, labels: torch.Tensor) -> torch.Tensor | None:
     return torch.from_numpy(x).to(sampler.device)
 
 
-def open_image(sampler: Sampler, path: str, n: int) -> torch.Tensor:
-    """An image file -> n copies of what the models see, (n, C, H, W), through the VAE (the posterior's mean) if it has one."""
+def open_pixels(sampler: Sampler, path: str) -> torch.Tensor:
+    """An image file -> uint8 (3, S, S), of the size of the run's images."""
     try:
-        pixels = read_image(Path(path).expanduser(), sampler.run["img_size"])
+        return torch.from_numpy(read_image(Path(path).expanduser(), sampler.run["img_size"]).copy())
     except ValueError as error:
         fail(error)
-    x = torch.from_numpy(pixels.copy()).to(sampler.device)[None] / 127.5 - 1
+
+
+def open_image(sampler: Sampler, path: str, n: int) -> torch.Tensor:
+    """An image file -> n copies of what the models see, (n, C, H, W), through the VAE (the posterior's mean) if it has one."""
+    x = open_pixels(sampler, path).to(sampler.device)[None] / 127.5 - 1
     if sampler.run["vae"]:
         vae = VAE(sampler.run["vae"], sampler.device, sampler.run["mean"], sampler.run["std"])
         x = (vae.encode(x)[:, 0] - vae.mean) / vae.std
@@ -295,9 +284,8 @@ def trajectory(sampler: Sampler, x, y, seed: int):
     return rows + [("x' = G(z)", sampler.decode(x_prime))]
 
 
-def save_curves(path: Path, metrics: Path):
-    """The loss and the unweighted errors of metrics.jsonl over the steps, on a logarithmic axis where all are positive."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+def save_curves(path: Path, lines: list[dict]):
+    """The unweighted errors of metrics.jsonl, or else the loss, over the steps; a logarithmic axis where all are positive."""
     chosen = [k for k in dict.fromkeys(k for line in lines for k in line) if re.match(r"(val_)?(error_|nll)|loss$", k)]
     errors = [k for k in chosen if "error" in k] or chosen
     series = {k: [(line["step"], line[k]) for line in lines if k in line] for k in errors}
@@ -385,7 +373,7 @@ def main(argv=None):
             if args.npz:
                 np.savez(args.npz, arr_0=images.permute(0, 2, 3, 1).numpy(), arr_1=labels.numpy())
         elif mode == "curves":
-            save_curves(out, sampler.folder / "metrics.jsonl")
+            save_curves(out, read_metrics(sampler.folder))
         else:
             save_grid(out, edit_rows(sampler, mode, args, classes, labels[:20]))
     except OSError as error:
@@ -437,11 +425,7 @@ def edit_rows(sampler: Sampler, mode: str, args, classes: list[int], labels: tor
         return class_edit(sampler, method, x, y, label_of(args.to), w, args.seed)
     if args.mask is None:
         fail("--inpaint needs --mask, an image that is white where it is to be redrawn")
-    try:
-        mask = torch.from_numpy(read_image(Path(args.mask).expanduser(), sampler.run["img_size"])[0] > 127)
-    except ValueError as error:
-        fail(error)
-    return inpaint(sampler, method, x, y, mask, w, args.seed)
+    return inpaint(sampler, method, x, y, open_pixels(sampler, args.mask)[0] > 127, w, args.seed)
 
 
 def print_costs(sampler: Sampler, methods: list[str], batch: int):

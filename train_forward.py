@@ -120,11 +120,21 @@ def autocast(device: torch.device, enabled: bool):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
-def bfloat16_weights(model: torch.nn.Module):
-    """Store for good what autocast would cast at each call: the weights of the linear layers, but not of PreciseLinear."""
+def freeze(model: TARFlow | BiFlow, device: torch.device, bf16: bool, compiled: bool):
+    """Put a network that is not trained on the device. In bf16, store for good what autocast would cast at each call: the
+    weights of the linear layers, but not of PreciseLinear."""
+    model.to(device).eval().requires_grad_(False)
     for layer in model.modules():
-        if type(layer) is torch.nn.Linear:
+        if bf16 and type(layer) is torch.nn.Linear:
             layer.to(torch.bfloat16)
+    if compiled:
+        compile_blocks(model)
+
+
+def compile_blocks(model: TARFlow | BiFlow):
+    """In place, so that state dicts keep their names."""
+    for block in model.blocks:
+        block.compile()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -538,6 +548,11 @@ def write_json(path: Path, content: dict, indent: int | None = None):
         file.write(json.dumps(content, indent=indent).encode())
 
 
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def save_model(out: Path, model: TARFlow | BiFlow, run: dict):
     """Put config.json, model.safetensors, a model card (README.md) and run.json into a run folder."""
     temporary = out / "saving.tmp"
@@ -817,8 +832,7 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
-        for block in model.blocks:
-            block.compile()
+        compile_blocks(model)
     net = DistributedDataParallel(model, broadcast_buffers=False) if processes.world > 1 else model
     if processes.first:
         steps = re.compile(r'\{"step": (\d+), .*\}\n')  # of whole lines
@@ -872,7 +886,8 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             flags = torch.stack([(~norm.isfinite()).float(), norm.new_full((), float(len(asked)))])
             bad, stopping = processes.sum(flags).tolist()  # the one host read of a step
-            moments.append(time.perf_counter())
+            if args.benchmark:
+                moments.append(time.perf_counter())
             if bad:
                 skipped, in_a_row, sums = skipped + 1, in_a_row + 1, {}
                 if in_a_row == 5:
@@ -994,7 +1009,7 @@ def main(argv=None):
     else:
         model = TARFlow(network_config(args, data, clip=args.clip))
     run = dict(data.info, stage="forward", sigma=args.sigma, seed=args.seed, versions=versions())
-    decode = load_decoder(run, processes.device)  # for the grids
+    decode = load_decoder(run, processes.device)
 
     def compute_loss(net, batch, step):
         """Maximum likelihood of x~ = x + sigma eps, with some labels dropped."""

@@ -13,7 +13,7 @@ import torch
 
 from biflow import SIZES, BiFlow, PerceptualDistance, TARFlow, reverse_loss
 from train_forward import PRESETS as FORWARD_PRESETS
-from train_forward import autocast, bfloat16_weights, data_of, fail, load_data, load_decoder, load_run, load_weights, number
+from train_forward import autocast, data_of, fail, freeze, load_data, load_decoder, load_run, load_weights, number
 from train_forward import parse, parser_of, random_latents, sample_noise, script, start_processes, train
 from train_forward import validation_batches, versions
 
@@ -106,12 +106,7 @@ def main(argv=None):
         if data.info[name] != forward_run[name]:
             fail(f"the data have {name} {data.info[name]}, the flow was trained with {forward_run[name]}; give its data")
 
-    flow = flow.to(processes.device).requires_grad_(False)
-    if args.bf16:
-        bfloat16_weights(flow)
-    if args.compile:
-        for block in flow.blocks:
-            block.compile()
+    freeze(flow, processes.device, args.bf16, args.compile)
     fields = {k: getattr(flow.config, k) for k in ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")}
     torch.manual_seed(args.seed)
     model = BiFlow(
