@@ -19,19 +19,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from sample import METHODS, Sampler, balanced_labels, cost_table
-from train_forward import (
-    IMAGE_TYPES,
-    VAE,
-    Processes,
-    fail,
-    load_digits,
-    load_weights,
-    number,
-    read_image,
-    read_metrics,
-    script,
-)
-from train_forward import start_processes, to_uint8
+from train_forward import IMAGE_TYPES, VAE, Processes, fail, load_digits, load_weights, number, read_image, read_metrics
+from train_forward import script, start_processes, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The figures, as functions of features
