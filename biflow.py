@@ -430,6 +430,7 @@ class ReverseLayer(nn.Module):
         hidden = 32 * round(width * 8 / 3 / 32)
         self.head_dim, self.norm = head_dim, RMSNorm()
         self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qk_scale = nn.Parameter(torch.ones(head_dim))  # without it no logit could exceed sqrt(head_dim)
         self.proj = nn.Linear(width, width, bias=False)
         self.attn_gate = nn.Parameter(torch.ones(width))
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
@@ -442,7 +443,7 @@ class ReverseLayer(nn.Module):
     def forward(self, h, rope):
         N, T, C = h.shape
         qkv = self.qkv(self.norm(h)).view(N, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.norm(qkv[:2]), rope)
+        q, k = rotate(self.qk_scale * self.norm(qkv[:2]), rope).to(qkv.dtype)
         a = F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).reshape(N, T, C)
         h = h + F.linear(a, self.attn_gate[:, None] * self.proj.weight)  # gate * proj(a), with fewer products
         gate, value = self.mlp_in(self.norm(h)).chunk(2, dim=-1)
@@ -451,14 +452,16 @@ class ReverseLayer(nn.Module):
 
 class ReverseBlock(nn.Module):
     """G_i: hidden tokens (N, T, C) and fresh context tokens (N, K, C) -> hidden tokens (N, T, C). The context is dropped
-    at the end, so that the block is a function of (h, class, w) alone [ours]."""
+    at the end, so that the block is a function of (h, class, w) alone [ours]. Like a block of F it has position embeddings
+    of its own, beside RoPE: what it inverts differs from place to place [ours]."""
 
     def __init__(self, config: Config):
         super().__init__()
+        self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, config.width))
         self.layers = nn.ModuleList(ReverseLayer(config.width, config.head_dim) for _ in range(config.layers))
 
     def forward(self, h, context, rope):
-        h = torch.cat([context, h], dim=1)
+        h = torch.cat([context, h + self.pos_embed], dim=1)
         for layer in self.layers:
             h = layer(h, rope)
         return h[:, context.shape[1] :]

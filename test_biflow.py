@@ -388,6 +388,39 @@ def test_every_token_of_a_reverse_block_sees_every_token():
     assert J.shape == (T, T) and (J > 0).all()
 
 
+def test_a_reverse_block_tells_the_places_of_equal_tokens_apart():
+    model = make(BiFlow)
+    block, context = model.blocks[0], torch.randn(1, 3, 16)
+    still = torch.stack([torch.ones(T + 3, 4), torch.zeros(T + 3, 4)])  # no rotation: RoPE is not what tells them
+    h = torch.randn(1, 1, 16).expand(1, T, 16)
+    different = lambda: (block(h, context, still) - block(h, context, still)[:, :1]).abs().amax(2) > 1e-4
+    assert different().tolist() == [[False] + [True] * (T - 1)]
+    torch.nn.init.zeros_(block.pos_embed)
+    assert not different().any()
+
+
+def test_a_reverse_layer_by_hand():
+    """RMSNorm, scaled QK-norm, RoPE as a product of complex numbers, softmax attention, SwiGLU, gates; in float64."""
+    torch.manual_seed(0)
+    layer, h = biflow.ReverseLayer(16, 8).double(), torch.randn(2, 5, 16).double()
+    for p in layer.parameters():
+        p.data += torch.randn_like(p)
+    layer.qk_scale.data *= 2  # logits beyond sqrt(head_dim)
+    angles = torch.randn(5, 4).double()
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    turn = lambda x: torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    attended = []
+    for head in range(2):
+        q, k, v = (layer.qkv.weight[i * 16 + head * 8 :][:8] for i in range(3))
+        q, k = (turn(rms(rms(h) @ w.T) * layer.qk_scale) for w in (q, k))
+        logits = (q[:, :, None] * k[:, None].conj()).real.sum(-1) / 8**0.5
+        attended.append(logits.softmax(-1) @ (rms(h) @ v.T))
+    out = h + layer.attn_gate * (torch.cat(attended, -1) @ layer.proj.weight.T)
+    gate, value = (rms(out) @ layer.mlp_in.weight.T).chunk(2, -1)
+    out = out + layer.mlp_gate * ((gate / (1 + torch.exp(-gate)) * value) @ layer.mlp_out.weight.T)
+    close(layer(h, torch.stack([angles.cos(), angles.sin()])), out, 1e-10)
+
+
 @pytest.mark.parametrize("j", range(B + 1))
 def test_class_and_guidance_reach_every_block(j):
     # With closed gates every block is the identity; open those of block j alone, and see the conditions in x'.

@@ -19,7 +19,7 @@ from train_forward import validation_batches, versions
 
 # What a size trains with, where a flag does not say otherwise; all of it [ours] but the two perceptual weights.
 PRESETS = {size: dict(preset, lpips=0.4, convnext=0.1) for size, preset in FORWARD_PRESETS.items()}
-PRESETS["toy"].update(steps=1600, lr=8e-3, weight_decay=0.3, lpips=0.0, convnext=0.0)
+PRESETS["toy"].update(steps=1600, lr=1.2e-2, weight_decay=0.3, lpips=0.0, convnext=0.0)
 for preset in PRESETS.values():
     for inherited in ("data", "vae"):
         preset.pop(inherited, None)
