@@ -804,6 +804,24 @@ def test_an_epoch_sees_every_training_sample_once():
     assert not set(data.fit) & (set(data.val) | set(data.test)) and not set(data.val) & set(data.test)
 
 
+def test_jitter_is_the_affine_map_that_its_numbers_say():
+    """Against a smooth image whose values are known at every point, on a grid of pixel centres in [-1, 1]^2."""
+    blob = lambda x, y: torch.exp(-12 * ((x - 0.1) ** 2 + 2 * (y + 0.1) ** 2)) - 1
+    y, x = torch.meshgrid(*[(torch.arange(128) + 0.5) / 64 - 1] * 2, indexing="ij")
+    u = torch.cat([torch.full((1, 6), 0.5), torch.rand(20, 6, generator=torch.Generator().manual_seed(0))])
+    a, b, s, c, d, t = ((2 * u - 1) * torch.tensor([0.05, 0.05, 0.03, 0.05, 0.05, 0.03])).T[..., None, None]
+    expected = blob(x + a * x + b * y + s, y + c * x + d * y + t)
+    close(train_forward.jitter(blob(x, y).expand(21, 1, -1, -1), u)[:, 0], expected, 5e-3)
+
+
+def test_training_sees_jittered_digits_and_validation_the_digits_themselves():
+    data = train_forward.load_digits()
+    clean = torch.from_numpy(data.array)
+    for x, source in zip(train_forward.Batches(data, 8, seed=0)[0][0], train_forward.Batches(data, 8, 0).order(0)):
+        assert 0.01 < (x - clean[source]).abs().mean() < 0.2 and x.abs().max() <= 1
+    assert torch.equal(next(train_forward.validation_batches(data, data.val))[0][:100], clean[data.val][:100])
+
+
 @pytest.mark.parametrize("stage", ["forward", "reverse"])
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, toy, stage, monkeypatch):
     """Killed at an arbitrary step (here by an exception), then started again with the same arguments."""

@@ -137,7 +137,7 @@ def main(argv=None):
             x_prime, predictions = net(states[-1], y, w)
             loss, errors = reverse_loss(x_prime, predictions, target, states, args.adaptive_p, args.trajectory_norm)
             if perceptual is not None and step % args.perceptual_every == 0:
-                extra, distances = perceptual(x_prime, target, u[:, 4:].to(x.device, non_blocking=True))
+                extra, distances = perceptual(x_prime, target, u[:, 4:8].to(x.device, non_blocking=True))
                 loss = loss + args.perceptual_every * extra
                 errors |= distances
         return loss, {f"error_{name}": value for name, value in errors.items()}
