@@ -50,16 +50,28 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> float:
     return float(np.mean(scores))
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Kynkaanniemi et al. 2019: the share of fake features (n, d) within the k-nearest-neighbour balls of the real ones,
-    and the share of the real within those of the fake."""
+def manifold_figures(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str, float]:
+    """Precision and recall (Kynkaanniemi et al. 2019), coverage (Naeem et al. 2020) of features (n, d) and (m, d).
+
+    With balls that reach to the k-th nearest neighbour among their own kind: precision is the share of fakes in a ball of
+    the real ones, recall the share of the real in a ball of the fakes, coverage the share of the real ones' balls that
+    hold a fake. A few outlying fakes, whose balls are wide, raise recall but not coverage. For two sets of one size from
+    one distribution coverage is about 1 - 2^-k.
+    """
     real, fake = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
 
-    def covered(points, centres):
-        radii = torch.cat([torch.cdist(c, centres).kthvalue(k + 1, dim=1).values for c in centres.split(1000)])
-        return float(torch.cat([(torch.cdist(p, centres) <= radii).any(1) for p in points.split(1000)]).double().mean())
+    def radii(x):
+        return torch.cat([torch.cdist(part, x).kthvalue(k + 1, dim=1).values for part in x.split(1000)])
 
-    return covered(fake, real), covered(real, fake)
+    real_radii, fake_radii = radii(real), radii(fake)
+    covered, recalled, precise = [], [], torch.zeros(len(fake), dtype=torch.bool)
+    for part, part_radii in zip(real.split(1000), real_radii.split(1000)):
+        distances = torch.cdist(part, fake)
+        covered.append((distances <= part_radii[:, None]).any(1))
+        recalled.append((distances <= fake_radii).any(1))
+        precise |= (distances <= part_radii[:, None]).any(0)
+    shares = dict(precision=precise, recall=torch.cat(recalled), coverage=torch.cat(covered))
+    return {name: float(share.double().mean()) for name, share in shares.items()}
 
 
 def nearest(points: np.ndarray, others: np.ndarray) -> float:
@@ -101,14 +113,12 @@ def digits_figures(images, labels, train, test, classifier) -> dict[str, float]:
     features, logits = classifier(images)
     real, _ = classifier(test)
     flat, flat_real, flat_train = (classifier.flat(x) for x in (images, test, train))
-    precision, recall = precision_recall(real, features[: len(real)])  # as many samples as there are real images
     return {
         "FD": frechet_distance(*moments(features), *moments(real)),
         "FD pixels": frechet_distance(*moments(flat), *moments(flat_real)),
         "IS": inception_score(logits, splits=1),
         "accuracy": float((logits.argmax(1) == labels).mean()),
-        "precision": precision,
-        "recall": recall,
+        **manifold_figures(real, features[: len(real)]),  # as many samples as there are real images
         "nearest": nearest(flat[: len(real)], flat_train),
     }
 
@@ -129,21 +139,26 @@ class DigitsReal:
         """The test split against itself, and the training split against it: the floor."""
         labels, fit = self.data.labels, self.data.fit
         rng = np.random.default_rng(0)
-        orders = [rng.permutation(len(fit)) for _ in range(draws)]  # precision and recall take the first ones
+        orders = [rng.permutation(len(fit)) for _ in range(draws)]  # the manifold's figures take the first ones
         floor = [self.figures(self.train[o], labels[fit][o]) | {"nearest": math.nan} for o in orders]  # 0 by construction
         return [("real: test", [self.figures(self.test, labels[self.data.test])], ()), ("real: train (floor)", floor, ())]
 
-    def draws(self, sampler: Sampler, method: str, w: float, args) -> list[dict]:
+    def draws(self, sampler: Sampler, method: str, w: float, temperature: float, args) -> list[dict]:
         """The figures of --draws independent sets of samples; the same z and labels for every method."""
         y = balanced_labels(range(args.n), range(10))
         seeds = range(args.seed, args.seed + args.draws)
-        sets = (to_uint8(sampler.images(method, range(args.n), y, w, seed)).numpy() for seed in seeds)
+        sets = (to_uint8(sampler.images(method, range(args.n), y, w, seed, temperature)).numpy() for seed in seeds)
         return [self.figures(images, y.numpy()) for images in sets]
 
 
-def compared(methods: list[str], guidance: list[float]) -> list[tuple[str, float]]:
-    """The (method, w) of a table's rows: every w for BiFlow, none for the exact inverse."""
-    return [(m, w) for m in methods for w in (guidance if m.startswith("biflow") else [0.0])]
+def compared(methods: list[str], args) -> list[tuple[str, float, float]]:
+    """The (method, w, temperature) of a table's rows: every w for BiFlow, none for the exact inverse."""
+    guidance = lambda method: args.guidance if method.startswith("biflow") else [0.0]
+    return [(m, w, t) for m in methods for w in guidance(m) for t in args.temperature]
+
+
+def label_of(name: str, w: float, temperature: float) -> str:
+    return name + (f" w={w:g}" if w else "") + (f" t={temperature:g}" if temperature != 1 else "")
 
 
 def digits_table(sampler: Sampler, args) -> list[tuple[str, list[dict], tuple]]:
@@ -151,8 +166,8 @@ def digits_table(sampler: Sampler, args) -> list[tuple[str, list[dict], tuple]]:
     real = DigitsReal()
     rows = real.rows(args.draws)
     costs = cost_table(sampler, args.method, 256)
-    for method, w in compared(args.method, args.guidance):
-        rows.append((method + (f" w={w:g}" if w else ""), real.draws(sampler, method, w, args), costs[method]))
+    for method, w, t in compared(args.method, args):
+        rows.append((label_of(method, w, t), real.draws(sampler, method, w, t, args), costs[method]))
     return rows
 
 
@@ -171,12 +186,12 @@ def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str
         flow = (folder / sampler.run.get("forward", "")).resolve()
         methods = [m for m in args.method or sampler.methods if m.startswith("biflow") or (flow, m) not in flows]
         flows |= {(flow, m) for m in methods}
-        pairs = compared(methods, args.guidance)
-        for pair in pairs:
-            sampler.check(*pair)
+        settings = compared(methods, args)
+        for method, w, _ in settings:
+            sampler.check(method, w)
         costs = cost_table(sampler, methods, 256)
-        for method, w in pairs:
-            draws = real.draws(sampler, method, w, args)
+        for method, w, t in settings:
+            draws = real.draws(sampler, method, w, t, args)
             figures = {k: float(np.mean([d[k] for d in draws])) for k in draws[0]}
             run = sampler.run
             if method.startswith("biflow"):
@@ -184,7 +199,7 @@ def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str
             else:
                 run = json.loads((flow / "run.json").read_text())
             key = {k: v for k, v in run["args"].items() if k not in ("seed", "forward")}
-            key |= {"method": method, "guidance": w, "clip": sampler.config.clip}
+            key |= {"method": method, "guidance": w, "temperature": t, "clip": sampler.config.clip}
             found.setdefault(json.dumps(key, sort_keys=True), []).append((figures, costs[method]))
     keys = [json.loads(key) for key in found]
     reverse = [key for key in keys if key["method"].startswith("biflow")]
@@ -193,7 +208,7 @@ def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str
     for key, members in zip(keys, found.values()):
         figures, costs = zip(*members)
         name = " ".join([key["method"]] + [f"{k}={key[k]}" for k in differing if k == "clip" or key.get(k) is not None])
-        name += (f" w={key['guidance']:g}" if key["guidance"] else "") + f" ({len(members)})"
+        name = label_of(name, key["guidance"], key["temperature"]) + f" ({len(members)})"
         rows.append((name, list(figures), tuple(np.median(costs, axis=0))))
     return rows
 
@@ -252,11 +267,11 @@ def npz_source(path: Path, batch: int, processes: Processes):
                 yield part, torch.from_numpy(rows.transpose(0, 3, 1, 2).copy()).expand(-1, 3, -1, -1)
 
 
-def run_source(sampler: Sampler, method: str, w: float, args, processes: Processes):
+def run_source(sampler: Sampler, method: str, w: float, temperature: float, args, processes: Processes):
     """Samples of a run, the classes in turn."""
     classes = range(sampler.config.num_classes)
     for part in tqdm(batches_of(args.n, args.batch, processes), desc=method, disable=not processes.first):
-        images = sampler.images(method, part, balanced_labels(part, classes), w, args.seed)
+        images = sampler.images(method, part, balanced_labels(part, classes), w, args.seed, temperature)
         yield part, to_uint8(images).expand(-1, 3, -1, -1)
 
 
@@ -370,7 +385,7 @@ def image_figures(fake: Statistics, real: Statistics | None) -> dict[str, float]
     if real is not None and real.features is not None and fake.features is not None:
         n = min(len(real.features), len(fake.features))
         if n > 3:
-            figures["precision"], figures["recall"] = precision_recall(real.features[:n], fake.features[:n])
+            figures |= manifold_figures(real.features[:n], fake.features[:n])
     return figures
 
 
@@ -386,10 +401,9 @@ def score_images(args, sampler: Sampler | None, processes: Processes):
         originals = folder_source(Path(sampler.run["data"]), args.img_size, args.batch, processes, args.n)
         rows.append(("VAE round trip", statistics_of(reconstruction_source(sampler, originals), extractor, processes)))
     else:
-        for method in args.method:
-            for w in args.guidance:
-                source = run_source(sampler, method, w, args, processes)
-                rows.append((f"{method} w={w:g}", statistics_of(source, extractor, processes)))
+        for method, w, t in compared(args.method, args):
+            source = run_source(sampler, method, w, t, args, processes)
+            rows.append((label_of(method, w, t), statistics_of(source, extractor, processes)))
     if not processes.first:
         return
     print(
@@ -415,6 +429,8 @@ def main(argv=None):
     add("--n", type=number(int, 2), help="samples (default: digits: 1000 a draw; else 50000)")
     add("--draws", type=number(int, 1), default=5, help="digits: independent draws, for the spread (default: 5)")
     add("--guidance", type=float, nargs="+", default=[0.0], metavar="W", help="guidance scales (default: 0)")
+    help_ = "standard deviations of z (default: 1; for one run on digits 1 and 1.06)"
+    add("--temperature", type=number(float, 0), nargs="+", metavar="T", help=help_)
     add("--seed", type=number(int, 0), default=0, help="(default: 0)")
     add("--batch", type=number(int, 1), default=64, help="images at a time (default: 64)")
     add("--features", choices=("inception", "pixels"), default="inception", help="of images (digits have their own)")
@@ -430,7 +446,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     processes = start_processes()
     if args.table:
-        args.n = args.n or 1000
+        args.n, args.temperature = args.n or 1000, args.temperature or [1.0]
         return print_table(runs_table(args.table, args, processes))
     path = Path(args.input)
     is_images = path.is_file() or (path.is_dir() and not (path / "run.json").exists())
@@ -442,11 +458,11 @@ def main(argv=None):
             for w in args.guidance:
                 sampler.check(method, w)
         if digits:
-            args.n = args.n or 1000
+            args.n, args.temperature = args.n or 1000, args.temperature or [1.0, 1.06]
             return print_table(digits_table(sampler, args))
         if args.reconstruct and not sampler.run["vae"]:
             fail(f"{path} has no VAE to reconstruct with")
-    args.n = args.n or 50_000
+    args.n, args.temperature = args.n or 50_000, args.temperature or [1.0]
     args.img_size = args.img_size or (sampler.run["img_size"] if sampler else 256)
     score_images(args, sampler, processes)
 

@@ -97,9 +97,10 @@ class Sampler:
         """z (N, T, D), y (N,) -> images (N, c, S, S) in about [-1, 1]."""
         return self.decode(self(method, z, y, w))
 
-    def images(self, method: str, indices, y: torch.Tensor, w: float = 0.0, seed: int = 0) -> torch.Tensor:
-        """The images with these indices and labels y (N,)."""
-        return self.draw(method, sample_noise(seed, indices, self.config).to(self.device), y.to(self.device), w)
+    def images(self, method: str, indices, y, w: float = 0.0, seed: int = 0, temperature: float = 1.0) -> torch.Tensor:
+        """The images with these indices and labels y (N,), of z with the temperature as its standard deviation."""
+        z = temperature * sample_noise(seed, indices, self.config)
+        return self.draw(method, z.to(self.device), y.to(self.device), w)
 
 
 def balanced_labels(indices, classes: range | list[int]) -> torch.Tensor:
@@ -316,6 +317,7 @@ def main(argv=None):
     add("--n", type=number(int, 1), default=20, help="number of samples, or of an edit's variants (default: 20)")
     add("--classes", help="comma-separated labels, drawn in turn; none for unconditional (default: all)")
     add("--guidance", type=float, nargs="+", metavar="W", help="scales (default: for BiFlow 0 and two more in its range)")
+    add("--temperature", type=number(float, 0), default=1.0, help="standard deviation of the samples' z (default: 1)")
     add("--seed", type=number(int, 0), default=0, help="(default: 0)")
     add("--batch", type=number(int, 1), default=256, help="samples at a time, the full batch of the times (default: 256)")
     add("--out", type=Path, help="the PNG to write (default: RUN/samples.png, or named after what was asked for)")
@@ -389,7 +391,8 @@ def sample_rows(sampler: Sampler, draws, labels: torch.Tensor, args):
     rows = [] if real is None else [("real", sampler.decode(real))]
     for method, w in draws:
         parts = [range(i, min(i + args.batch, args.n)) for i in range(0, args.n, args.batch)]
-        images = torch.cat([to_uint8(sampler.images(method, p, labels[p.start : p.stop], w, args.seed)) for p in parts])
+        draws = (sampler.images(method, p, labels[p.start : p.stop], w, args.seed, args.temperature) for p in parts)
+        images = torch.cat([to_uint8(x) for x in draws])
         several = len({w for _, w in draws}) > 1 or w
         rows.append((method + (f" w={w:g}" if several else ""), images[:20] / 127.5 - 1))
     return rows, images

@@ -971,6 +971,8 @@ def test_a_sample_depends_on_its_seed_class_and_index_alone(toy):
         part = sampler.images(method, [4, 2], y[[4, 2]], 0.5)
         torch.testing.assert_close(part, whole[[4, 2]], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(sampler.images(method, range(6), y, 0.5, seed=1), whole)
+        z = 1.5 * train_forward.sample_noise(0, range(6), sampler.config)
+        assert torch.equal(sampler.images(method, range(6), y, 0.5, temperature=1.5), sampler.draw(method, z, y, 0.5))
 
 
 def test_sample_writes_what_it_says(toy, tmp_path, capsys):
@@ -1185,7 +1187,7 @@ def test_a_table_puts_runs_that_differ_by_their_seed_into_one_row(toy, tmp_path,
         runs.append(str(tmp_path / name))
         short = ["--steps", "3", "--batch-size", "8", "--forward", forward, "--out", runs[-1]]
         train_reverse.main(short + flags.split())
-    args = SimpleNamespace(method=None, guidance=[0.0], draws=2, n=50, seed=0)
+    args = SimpleNamespace(method=None, guidance=[0.0], temperature=[1.0], draws=2, n=50, seed=0)
     alone = train_forward.Processes(torch.device("cpu"))
     rows = fid.runs_table(runs, args, alone)
     assert [name for name, _, _ in rows[:2]] == ["real: test", "real: train (floor)"]
@@ -1194,7 +1196,7 @@ def test_a_table_puts_runs_that_differ_by_their_seed_into_one_row(toy, tmp_path,
     assert [name for name, _, _ in rows] == names
     seeds = rows[2][1]
     sampler = sample.Sampler.load(runs[1], alone)
-    assert seeds[1]["FD"] == np.mean([d["FD"] for d in fid.DigitsReal().draws(sampler, "biflow", 0.0, args)])
+    assert seeds[1]["FD"] == np.mean([d["FD"] for d in fid.DigitsReal().draws(sampler, "biflow", 0.0, 1.0, args)])
     last = [m for m in metrics(tmp_path / "a1") if "val_error_x" in m][-1]
     assert seeds[1]["% x0"] == pytest.approx(100 * last["val_error_x0"]) and "% x" not in rows[0][1][0]
     fid.print_table(rows)
@@ -1252,8 +1254,23 @@ def test_precision_and_recall_by_brute_force():
                     break
         return inside / len(points)
 
-    precision, recall = fid.precision_recall(real, fake)
-    assert precision == share(fake, real) and recall == share(real, fake) and precision > recall
+    figures = fid.manifold_figures(real, fake)
+    assert figures["precision"] == share(fake, real) > figures["recall"] == share(real, fake)
+    balls = [(r, sorted(np.linalg.norm(real - r, axis=1))[3]) for r in real]
+    held = [any(np.linalg.norm(f - r) <= radius for f in fake) for r, radius in balls]
+    assert figures["coverage"] == np.mean(held)
+
+
+def test_outliers_raise_recall_but_not_coverage():
+    rng = np.random.default_rng(0)
+    real, fake = rng.standard_normal((2, 3000, 4))
+    figures = fid.manifold_figures(real, fake)
+    assert abs(figures["coverage"] - 7 / 8) < 0.03  # 1 - 2^-k, for equal distributions
+    collapsed = 0.1 * fake  # all fakes in the middle ...
+    outliers = np.where(np.arange(3000)[:, None] < 10, 10 * fake, collapsed)  # ... but for a few far away
+    before, after = fid.manifold_figures(real, collapsed), fid.manifold_figures(real, outliers)
+    assert before["recall"] < 0.1 and after["recall"] > 0.9
+    assert after["coverage"] - before["coverage"] < 0.02
 
 
 @pytest.fixture(scope="session")
