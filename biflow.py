@@ -9,7 +9,7 @@ The whole method in one file, from top to bottom:
 
 Notation, as in the paper: F = f_{B-1} o ... o f_0 has B blocks; x is a clean image (or latent), x~ = x + sigma * eps
 its noisy version; x^0 = x~, x^{i+1} = f_i(x^i), z = x^B. G's hidden state h^i belongs to x^i; x' = G(z).
-Shapes: images and latents are (N, C, H, W); tokens are (N, T, D) in raster order; labels are (N,) long, -1 for "no class".
+Shapes: images and latents are (N, C, H, W); tokens (N, T, D) in raster order; labels (N,) long, -1 for "no class".
 A comment "[ours]" marks a choice that the paper leaves open.
 """
 
@@ -131,7 +131,7 @@ class HubModel(
     paper_url="https://arxiv.org/abs/2512.10953",
     model_card_template=MODEL_CARD,
 ):
-    """save_pretrained (from huggingface_hub) writes config.json, model.safetensors and a model card; loading is strict."""
+    """save_pretrained (huggingface_hub's) writes config.json, model.safetensors and a model card; loading is strict."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -218,8 +218,8 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, h, cache=None, t=0):
-        """h (N, T, C); or h (N, 1, C), the token at position t, with a cache (keys, values), each (N, heads, T, head_dim),
-        filled up to t."""
+        """h (N, T, C); or h (N, 1, C), the token at position t, with a cache of keys and values, each
+        (N, heads, T, head_dim) and filled up to t."""
         N, T, C = h.shape
         q, k, v = self.qkv(self.norm(h)).view(N, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -271,7 +271,7 @@ class FlowBlock(nn.Module):
         nn.init.zeros_(self.proj_out.bias)
 
     def embedding(self, y: Tensor) -> Tensor:
-        """Labels (N,) -> position + class embedding in raster order (N, T, C); "no class" is the mean of the classes."""
+        """Labels (N,) -> position + class embedding (N, T, C) in raster order; "no class" is the mean of the classes."""
         if self.class_embed is None:
             return self.pos_embed.expand(len(y), -1, -1)
         none = (y < 0).view(-1, 1, 1)
@@ -318,7 +318,7 @@ class FlowBlock(nn.Module):
         return x.flip(1) if self.flip else x
 
     def step(self, x: Tensor, embedding: Tensor, cache: list, t: int, guidance: float):
-        """Make token t + 1 of x (N, T, D) from token t, in place. Compiled, one graph with a dynamic t serves all steps."""
+        """Make token t + 1 of x (N, T, D) from token t, in place. Compiled, one graph with a dynamic t serves all."""
         token = x[:, t : t + 1]
         h = self.proj_in(torch.cat([token, token]) if guidance else token) + embedding[:, t : t + 1]
         for layer, layer_cache in zip(self.attn_blocks, cache):
@@ -338,7 +338,7 @@ class TARFlow(HubModel):
         self.blocks = nn.ModuleList(FlowBlock(config, flip=i % 2 == 1) for i in range(config.blocks))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """x (N, C, H, W), y (N,) -> the trajectory [x^0, ..., x^B = z], each (N, T, D), and log|det F'| (N,) in nats."""
+        """x (N, C, H, W), y (N,) -> the trajectory [x^0 .. x^B = z], each (N, T, D), and log|det F'| (N,) in nats."""
         y = no_class(x) if y is None else y
         states, logdet = [patchify(x, self.config.patch_size)], x.new_zeros(len(x))
         for block in self.blocks:
@@ -399,7 +399,7 @@ def no_class(x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / RMS(x) over the last dimension, in at least float32. Without a scale: the layer that follows can hold it [ours]."""
+    """x / RMS(x) over the last dimension, in at least float32. Without a scale: the layer that follows can hold it."""
 
     def forward(self, x):
         return F.rms_norm(upcast(x), x.shape[-1:], eps=1e-6).to(x.dtype)
@@ -422,8 +422,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class ReverseLayer(nn.Module):
-    """One layer of the reverse ViT: (N, T, C) -> (N, T, C). It starts near the identity: the gates at one, the branches'
-    last layers small (gates at zero, with these layers of full size, learned half as fast on digits [ours])."""
+    """One layer of the reverse ViT: (N, T, C) -> (N, T, C). It starts near the identity: the gates at one, the
+    branches' last layers small (gates at zero, before layers of full size, learned half as fast on digits [ours])."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -451,9 +451,9 @@ class ReverseLayer(nn.Module):
 
 
 class ReverseBlock(nn.Module):
-    """G_i: hidden tokens (N, T, C) and fresh context tokens (N, K, C) -> hidden tokens (N, T, C). The context is dropped
-    at the end, so that the block is a function of (h, class, w) alone [ours]. Like a block of F it has position embeddings
-    of its own, beside RoPE: what it inverts differs from place to place [ours]."""
+    """G_i: hidden tokens (N, T, C) and fresh context tokens (N, K, C) -> hidden tokens (N, T, C). The context is
+    dropped at the end, so that the block is a function of (h, class, w) alone [ours]. Like a block of F it has position
+    embeddings of its own, beside RoPE: what it inverts differs from place to place [ours]."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -475,8 +475,8 @@ def projection_head(width: int, dim: int) -> nn.Sequential:
 class BiFlow(HubModel):
     """G: noise -> clean data in one pass, B blocks aligned with the flow's states and one denoise block.
 
-    Block j = 0 .. B-1 maps h^{B-j} to h^{B-1-j}: its target is x^{B-1-j}, so that no block reproduces its own input, and
-    the last of them is aligned with the *noisy* x^0. The denoise block then maps h^0 to the clean x'. Without it
+    Block j = 0 .. B-1 maps h^{B-j} to h^{B-1-j}: its target is x^{B-1-j}, so that no block reproduces its own input,
+    and the last of them is aligned with the *noisy* x^0. The denoise block then maps h^0 to the clean x'. Without it
     (config.denoise = "none") the output of block B-1 is x' itself, and its target is x^0.
     """
 
@@ -516,7 +516,7 @@ class BiFlow(HubModel):
         return y, torch.where(y < 0, 0.0, w)
 
     def walk(self, z: Tensor, step) -> tuple[Tensor, list[Tensor]]:
-        """From z (N, T, D) through all blocks by h <- step(j, h) -> x' (N, C, H, W) and the states h that have a head."""
+        """From z (N, T, D) through all blocks by h <- step(j, h) -> x' (N, C, H, W), and the states h with a head."""
         h, states = self.proj_in(z), []
         for j in range(len(self.blocks)):
             h = step(j, h)
@@ -530,8 +530,8 @@ class BiFlow(HubModel):
         """Training: z (N, T, D), y (N,), w (N,) -> x' (N, C, H, W), predictions {i: (N, T, D)}, predictions[i] ~ x^i.
 
         Training-time guidance: with w > 0 it is (G_i(h | class, w) + w_i G_i(h | none)) / (1 + w_i) that carries on and
-        is supervised, so that G_i(h | class, w) alone learns to be the guided state. The none-branch runs without gradient
-        [ours] and only for the samples with w > 0: keep w on the CPU, and finding them costs no synchronisation.
+        is supervised, so that G_i(h | class, w) alone learns to be the guided state. The none-branch runs without
+        gradient [ours], only for the samples with w > 0: keep w on the CPU, and finding them costs no synchronisation.
         """
         guided = torch.nonzero(torch.as_tensor(w).expand(len(z)) > 0).squeeze(1).to(z.device, non_blocking=True)
         y, w = self.conditions(z, y, w)
@@ -553,7 +553,7 @@ class BiFlow(HubModel):
 
     @torch.no_grad()
     def sample(self, z: Tensor, y: Tensor | None = None, w: Tensor | float = 0.0) -> Tensor:
-        """1-NFE sampling: z (N, T, D), y (N,), w in [0, w_max] -> x' (N, C, H, W). Each block is called exactly once."""
+        """1-NFE sampling: z (N, T, D), y (N,), w in [0, w_max] -> x' (N, C, H, W). Each block is called once."""
         context = self.context(*self.conditions(z, y, w))
         return self.walk(z, lambda j, h: self.blocks[j](h, context[j], self.rope))[0]
 
@@ -635,8 +635,8 @@ class PerceptualDistance(nn.Module):
     """LPIPS and ConvNeXt distances of decoded images, each with its weight and its adaptive weight.
 
     decode: what G sees (N, C, H, W) -> images (N, 1 or 3, S, S) in [-1, 1], differentiable. lpips(a, b) -> (N, 1, 1, 1)
-    takes images in [-1, 1]; convnext(a) -> (N, features) takes images normalised with ImageNet's mean and std, as it was
-    trained. Either may be None. The networks' weights are frozen; gradients flow through them, crop and decoder to x'.
+    takes images in [-1, 1]; convnext(a) -> (N, features) takes images normalised with ImageNet's mean and std, as it
+    was trained. Either may be None. The networks' weights are frozen; gradients flow through them, crop and decoder to x'.
     """
 
     def __init__(self, decode, lpips=None, convnext=None, weights: tuple[float, float] = (0.4, 0.1), p: float = 1.0):
@@ -647,7 +647,7 @@ class PerceptualDistance(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def forward(self, x_prime: Tensor, x: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x', x (N, C, H, W), u (N, 4) uniform numbers for the crop -> mean weighted loss, raw distances (N,) by name."""
+        """x', x (N, C, H, W), u (N, 4) uniform numbers of the crop -> mean weighted loss, raw distances (N,) by name."""
         a = self.decode(x_prime)
         with torch.no_grad():
             b = self.decode(x)
@@ -664,7 +664,7 @@ class PerceptualDistance(nn.Module):
 
 
 def random_resized_crop(x: Tensor, u: Tensor, size: int = 224) -> Tensor:
-    """Crop images (N, C, S, S) to a random area (0.08 to 1) and aspect ratio (3/4 to 4/3), resize to (N, C, size, size).
+    """Crop images (N, C, S, S) to a random area (0.08 to 1) and ratio (3/4 to 4/3), resize to (N, C, size, size).
 
     u (N, 4): uniform numbers that decide area, ratio, x and y. A side longer than the image is cut to it [ours].
     """

@@ -1,7 +1,7 @@
 """How good are the samples: Frechet distance, Inception score, precision and recall, and what each figure is.
 
 python fid.py                                                     # runs/reverse-toy against held-out digits: one table
-python fid.py --table RUN RUN ...                                 # runs on digits beside each other, mean and spread over seeds
+python fid.py --table RUN RUN ...                                 # runs on digits side by side, mean and spread over seeds
 python fid.py IMAGENET/train --img-size 256 --save-stats ref.npz  # statistics of a reference, once
 torchrun --nproc-per-node 8 fid.py runs/reverse-B --n 50000 --reference ref.npz
 """
@@ -53,10 +53,10 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> float:
 def manifold_figures(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str, float]:
     """Precision and recall (Kynkaanniemi et al. 2019), coverage (Naeem et al. 2020) of features (n, d) and (m, d).
 
-    With balls that reach to the k-th nearest neighbour among their own kind: precision is the share of fakes in a ball of
-    the real ones, recall the share of the real in a ball of the fakes, coverage the share of the real ones' balls that
-    hold a fake. A few outlying fakes, whose balls are wide, raise recall but not coverage. For two sets of one size from
-    one distribution coverage is about 1 - 2^-k.
+    Balls reach to the k-th nearest neighbour among their own kind. Precision is the share of fakes in a ball of the
+    real ones, recall the share of the real in a ball of the fakes, coverage the share of the real ones' balls that hold
+    a fake. A few outlying fakes, whose balls are wide, raise recall but not coverage. For two sets of one size from one
+    distribution coverage is about 1 - 2^-k.
     """
     real, fake = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
 
