@@ -184,6 +184,7 @@ def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str
         if sampler.run["data"] != "digits":
             fail(f"{folder} was not trained on digits; --table compares runs that were")
         flow = (folder / sampler.run.get("forward", "")).resolve()
+        flow_run = json.loads((flow / "run.json").read_text())
         methods = [m for m in args.method or sampler.methods if m.startswith("biflow") or (flow, m) not in flows]
         flows |= {(flow, m) for m in methods}
         settings = compared(methods, args)
@@ -197,8 +198,9 @@ def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str
             if method.startswith("biflow"):
                 figures |= last_errors(folder)
             else:
-                run = json.loads((flow / "run.json").read_text())
+                run = flow_run
             key = {k: v for k, v in run["args"].items() if k not in ("seed", "forward")}
+            key["flow"] = {k: v for k, v in flow_run["args"].items() if k != "seed"}
             key |= {"method": method, "guidance": w, "temperature": t, "clip": sampler.config.clip}
             found.setdefault(json.dumps(key, sort_keys=True), []).append((figures, costs[method]))
     keys = [json.loads(key) for key in found]
@@ -242,8 +244,10 @@ def batches_of(n: int, batch: int, processes: Processes) -> list[range]:
 
 
 def folder_source(root: Path, size: int, batch: int, processes: Processes, limit: int | None = None):
-    """All images below a folder, cropped as for training."""
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_TYPES)[:limit]
+    """All images below a folder, cropped as for training; with a limit, so many of them, evenly over the sorted names."""
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_TYPES)
+    if limit and limit < len(files):
+        files = [files[i] for i in np.linspace(0, len(files) - 1, limit).astype(int)]
     if len(files) < 2:
         fail(f"{root} holds {len(files)} images; a covariance needs two at least")
     for part in tqdm(batches_of(len(files), batch, processes), desc=root.name, disable=not processes.first):
@@ -458,6 +462,8 @@ def main(argv=None):
             for w in args.guidance:
                 sampler.check(method, w)
         if digits:
+            if args.n and args.n < 4:
+                fail("--n must be at least 4 for digits: precision and recall look at the third neighbour")
             args.n, args.temperature = args.n or 1000, args.temperature or [1.0, 1.06]
             return print_table(digits_table(sampler, args))
         if args.reconstruct and not sampler.run["vae"]:

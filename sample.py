@@ -73,7 +73,7 @@ class Sampler:
         if method.startswith("biflow"):
             if self.reverse is None:
                 fail(f"{self.folder} is a forward run; give a reverse run, or --method exact")
-            if method == "biflow" and not 0 <= w <= self.reverse.config.w_max:
+            if method != "biflow-2nfe" and not 0 <= w <= self.reverse.config.w_max:
                 fail(f"guidance {w:g} is outside [0, {self.reverse.config.w_max:g}], which {self.folder} was trained for")
         if not (math.isfinite(w) and w >= 0):
             fail(f"guidance must be a number of 0 or more, not {w:g}")
@@ -287,6 +287,8 @@ def trajectory(sampler: Sampler, x, y, seed: int):
 
 def save_curves(path: Path, lines: list[dict]):
     """The unweighted errors of metrics.jsonl, or else the loss, over the steps; a logarithmic axis where all are positive."""
+    if not lines:
+        fail("there are no curves yet: the run's metrics.jsonl is missing or empty")
     chosen = [k for k in dict.fromkeys(k for line in lines for k in line) if re.match(r"(val_)?(error_|nll)|loss$", k)]
     errors = [k for k in chosen if "error" in k] or chosen
     series = {k: [(line["step"], line[k]) for line in lines if k in line] for k in errors}
@@ -391,8 +393,8 @@ def sample_rows(sampler: Sampler, draws, labels: torch.Tensor, args):
     rows = [] if real is None else [("real", sampler.decode(real))]
     for method, w in draws:
         parts = [range(i, min(i + args.batch, args.n)) for i in range(0, args.n, args.batch)]
-        draws = (sampler.images(method, p, labels[p.start : p.stop], w, args.seed, args.temperature) for p in parts)
-        images = torch.cat([to_uint8(x) for x in draws])
+        batches = (sampler.images(method, p, labels[p.start : p.stop], w, args.seed, args.temperature) for p in parts)
+        images = torch.cat([to_uint8(x) for x in batches])
         several = len({w for _, w in draws}) > 1 or w
         rows.append((method + (f" w={w:g}" if several else ""), images[:20] / 127.5 - 1))
     return rows, images

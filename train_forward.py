@@ -563,8 +563,9 @@ def write_json(path: Path, content: dict, indent: int | None = None):
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics.jsonl; none where there is no such file."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def save_model(out: Path, model: TARFlow | BiFlow, run: dict):
@@ -708,10 +709,11 @@ def parser_of(stage: str, description: str, presets: dict) -> argparse.ArgumentP
 
 
 def parse(parser: argparse.ArgumentParser, presets: dict, argv) -> argparse.Namespace:
-    """Parse, and fill in the defaults that depend on the size."""
+    """Parse, and fill in the defaults that depend on the size; but which VAE made a cache, the cache itself says."""
     args = parser.parse_args(argv)
+    cached = args.data and (Path(args.data).expanduser() / "manifest.json").exists()
     for name, value in presets[args.size].items():
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and not (cached and name == "vae"):
             setattr(args, name, value)
     return args
 
@@ -797,6 +799,12 @@ def next_batch(loader):
         fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
 
 
+def outlive_stop_requests(_):
+    """For a loader's workers: a scheduler signals the whole group, and the step in hand still needs its batches."""
+    for s in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(s, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_requests():
     """A list that SIGTERM and SIGUSR1, which schedulers send, append to: a wish to save after the step in hand, and end."""
@@ -873,7 +881,12 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
     order = range(start * micro_batches, args.steps * micro_batches)
     loader = iter(
         torch.utils.data.DataLoader(
-            batches, batch_size=None, sampler=order, num_workers=args.num_workers, pin_memory=on_cuda
+            batches,
+            batch_size=None,
+            sampler=order,
+            num_workers=args.num_workers,
+            pin_memory=on_cuda,
+            worker_init_fn=outlive_stop_requests,
         )
     )
     sums, moments, in_a_row, logged, clock = {}, [], 0, start, time.perf_counter()
@@ -886,9 +899,7 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
                 group["lr"] = learning_rate(step, args)
             optimizer.zero_grad()
             for micro in range(micro_batches):
-                *batch, u = next_batch(
-                    loader
-                )  # the uniforms stay on the CPU: what they decide costs no synchronisation there
+                *batch, u = next_batch(loader)  # u stays on the CPU: what it decides costs no synchronisation there
                 batch = [x.to(processes.device, non_blocking=True) for x in batch] + [u]
                 last = micro == micro_batches - 1
                 with nullcontext() if last or processes.world == 1 else net.no_sync():
@@ -931,7 +942,7 @@ def train(args, processes: Processes, model, run: dict, data: Data, compute_loss
                     save_grid(out / f"samples-{done:07d}.png", rows)
                     bar.write(f"step {done}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
                 processes.barrier()
-                clock = time.perf_counter()
+                logged, clock = done, time.perf_counter()
             if stopping:
                 print(f"stopped at step {done} on request; the same command goes on from there")
                 break
@@ -1011,12 +1022,12 @@ def main(argv=None):
         fail(f"size {args.size} has no default data; give --data DIR, a folder of class subfolders of images")
     args.out = args.out or Path("runs") / f"forward-{args.size}"
     args.vae = None if args.vae == "none" else args.vae
-    args.sigma = args.sigma if args.sigma is not None else 0.3 if args.vae else 0.1
     processes = start_processes(args)
     if args.benchmark and args.data is None:
         data = random_latents(args.size)
     else:
         data = load_data(args.data, args.img_size, args.vae, args.out.parent, processes, args.num_workers)
+    args.sigma = args.sigma if args.sigma is not None else 0.3 if data.info["vae"] else 0.1
     torch.manual_seed(args.seed)
     if args.checkpoint:
         model = import_flow(args.checkpoint, data)
