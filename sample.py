@@ -396,7 +396,8 @@ def sample_rows(sampler: Sampler, draws, labels: torch.Tensor, args):
         batches = (sampler.images(method, p, labels[p.start : p.stop], w, args.seed, args.temperature) for p in parts)
         images = torch.cat([to_uint8(x) for x in batches])
         several = len({w for _, w in draws}) > 1 or w
-        rows.append((method + (f" w={w:g}" if several else ""), images[:20] / 127.5 - 1))
+        label = method + (f" w={w:g}" if several else "") + (f" t={args.temperature:g}" if args.temperature != 1 else "")
+        rows.append((label, images[:20] / 127.5 - 1))
     return rows, images
 
 
