@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from sample import METHODS, Sampler, balanced_labels, cost_table
+from sample import METHODS, Sampler, balanced_labels, cost_table, row_name
 from train_forward import IMAGE_TYPES, VAE, Processes, fail, load_digits, load_weights, number, read_image, read_metrics
 from train_forward import script, start_processes, to_uint8
 
@@ -67,9 +67,10 @@ def manifold_figures(real: np.ndarray, fake: np.ndarray, k: int = 3) -> dict[str
     covered, recalled, precise = [], [], torch.zeros(len(fake), dtype=torch.bool)
     for part, part_radii in zip(real.split(1000), real_radii.split(1000)):
         distances = torch.cdist(part, fake)
-        covered.append((distances <= part_radii[:, None]).any(1))
+        held = distances <= part_radii[:, None]
+        covered.append(held.any(1))
+        precise |= held.any(0)
         recalled.append((distances <= fake_radii).any(1))
-        precise |= (distances <= part_radii[:, None]).any(0)
     shares = dict(precision=precise, recall=torch.cat(recalled), coverage=torch.cat(covered))
     return {name: float(share.double().mean()) for name, share in shares.items()}
 
@@ -145,6 +146,8 @@ class DigitsReal:
 
     def draws(self, sampler: Sampler, method: str, w: float, temperature: float, args) -> list[dict]:
         """The figures of --draws independent sets of samples; the same z and labels for every method."""
+        if args.n < 4:
+            fail("--n must be at least 4 for digits: precision and recall look at the third neighbour")
         y = balanced_labels(range(args.n), range(10))
         seeds = range(args.seed, args.seed + args.draws)
         sets = (to_uint8(sampler.images(method, range(args.n), y, w, seed, temperature)).numpy() for seed in seeds)
@@ -157,17 +160,13 @@ def compared(methods: list[str], args) -> list[tuple[str, float, float]]:
     return [(m, w, t) for m in methods for w in guidance(m) for t in args.temperature]
 
 
-def label_of(name: str, w: float, temperature: float) -> str:
-    return name + (f" w={w:g}" if w else "") + (f" t={temperature:g}" if temperature != 1 else "")
-
-
 def digits_table(sampler: Sampler, args) -> list[tuple[str, list[dict], tuple]]:
     """Rows (name, figures of each draw, ms per image at batch 1 and 256), the real digits first."""
     real = DigitsReal()
     rows = real.rows(args.draws)
     costs = cost_table(sampler, args.method, 256)
     for method, w, t in compared(args.method, args):
-        rows.append((label_of(method, w, t), real.draws(sampler, method, w, t, args), costs[method]))
+        rows.append((row_name(method, w, t), real.draws(sampler, method, w, t, args), costs[method]))
     return rows
 
 
@@ -210,7 +209,7 @@ def runs_table(folders: list[str], args, processes: Processes) -> list[tuple[str
     for key, members in zip(keys, found.values()):
         figures, costs = zip(*members)
         name = " ".join([key["method"]] + [f"{k}={key[k]}" for k in differing if k == "clip" or key.get(k) is not None])
-        name = label_of(name, key["guidance"], key["temperature"]) + f" ({len(members)})"
+        name = row_name(name, key["guidance"], key["temperature"]) + f" ({len(members)})"
         rows.append((name, list(figures), tuple(np.median(costs, axis=0))))
     return rows
 
@@ -407,7 +406,7 @@ def score_images(args, sampler: Sampler | None, processes: Processes):
     else:
         for method, w, t in compared(args.method, args):
             source = run_source(sampler, method, w, t, args, processes)
-            rows.append((label_of(method, w, t), statistics_of(source, extractor, processes)))
+            rows.append((row_name(method, w, t), statistics_of(source, extractor, processes)))
     if not processes.first:
         return
     print(
@@ -462,8 +461,6 @@ def main(argv=None):
             for w in args.guidance:
                 sampler.check(method, w)
         if digits:
-            if args.n and args.n < 4:
-                fail("--n must be at least 4 for digits: precision and recall look at the third neighbour")
             args.n, args.temperature = args.n or 1000, args.temperature or [1.0, 1.06]
             return print_table(digits_table(sampler, args))
         if args.reconstruct and not sampler.run["vae"]:

@@ -103,6 +103,11 @@ class Sampler:
         return self.draw(method, z.to(self.device), y.to(self.device), w)
 
 
+def row_name(method: str, w: float, temperature: float, with_zero: bool = False) -> str:
+    """A method and how it draws, where that is not the default: w above 0 (or also w = 0), a temperature other than 1."""
+    return method + (f" w={w:g}" if w or with_zero else "") + (f" t={temperature:g}" if temperature != 1 else "")
+
+
 def balanced_labels(indices, classes: range | list[int]) -> torch.Tensor:
     """Label of each index: the classes in turn, so that every class is drawn equally often; -1 where there is none."""
     return torch.tensor([classes[i % len(classes)] for i in indices] if classes else [-1] * len(indices))
@@ -395,9 +400,8 @@ def sample_rows(sampler: Sampler, draws, labels: torch.Tensor, args):
         parts = [range(i, min(i + args.batch, args.n)) for i in range(0, args.n, args.batch)]
         batches = (sampler.images(method, p, labels[p.start : p.stop], w, args.seed, args.temperature) for p in parts)
         images = torch.cat([to_uint8(x) for x in batches])
-        several = len({w for _, w in draws}) > 1 or w
-        label = method + (f" w={w:g}" if several else "") + (f" t={args.temperature:g}" if args.temperature != 1 else "")
-        rows.append((label, images[:20] / 127.5 - 1))
+        several = len({w for _, w in draws}) > 1
+        rows.append((row_name(method, w, args.temperature, several), images[:20] / 127.5 - 1))
     return rows, images
 
 

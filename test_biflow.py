@@ -1789,6 +1789,7 @@ BAD_INPUT = [
     ("fid", "empty --features pixels", "holds 0 images"),
     ("fid", "G --n 1", "--n: must be at least 2"),
     ("fid", "G --n 3", "at least 4 for digits"),
+    ("fid", "--table G --n 3", "at least 4 for digits"),
     ("fid", "G --guidance 99", "outside [0, 2]"),
     ("fid", "F --method biflow", "give a reverse run"),
     ("fid", "nothing.npz --features pixels", "expected mu and sigma"),

@@ -511,8 +511,8 @@ def draw(data: Data, i: int, rng: np.random.Generator):
 def jitter(x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Images (N, C, S, S) in [-1, 1] under small random affine maps, on a background of -1; u (N, 6) uniform numbers.
 
-    What mirroring is to photographs: 1345 digits alone are soon known by heart. The entries of the 2 x 2 matrix move by up
-    to 0.05, the image's centre by up to 0.03 of half its side; bicubic, since bilinear interpolation would blur [ours].
+    What mirroring is to photographs: 1345 digits alone are soon known by heart. The entries of the 2 x 2 matrix move by
+    up to 0.05, the centre by up to 0.03 of half a side; bicubic, since bilinear interpolation would blur [ours].
     """
     moved = (2 * u - 1) * torch.tensor([0.05, 0.05, 0.03, 0.05, 0.05, 0.03])
     grid = F.affine_grid(torch.eye(2, 3) + moved.view(-1, 2, 3), x.shape, align_corners=False)
