@@ -6,25 +6,25 @@ The whole method in one file, from top to bottom:
     2. F, the forward model: a TARFlow, trained by maximum likelihood          x -> z
     3. G, the reverse model: a bidirectional Transformer, trained along F      z -> x  in one pass
     4. the losses of both
+    5. running the networks: precision, compilation, VAE
 
 Notation, as in the paper: F = f_{B-1} o ... o f_0 has B blocks; x is a clean image (or latent), x~ = x + sigma * eps
 its noisy version; x^0 = x~, x^{i+1} = f_i(x^i), z = x^B. G's hidden state h^i belongs to x^i; x' = G(z).
-Shapes: images and latents are (N, C, H, W); tokens (N, T, D) in raster order; labels (N,) long, -1 for "no class".
-A comment "[ours]" marks a choice that the paper leaves open.
+Shapes: images and latents are (N, C, H, W); tokens (N, T, D) in raster order, hidden tokens (N, T, width); labels (N,)
+long, -1 for "no class". A comment "[ours]" marks a choice that the paper leaves open.
 """
 
 import dataclasses
 import json
 import math
-import re
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as nnf
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Sizes and tokens
@@ -34,42 +34,34 @@ from torch import Tensor, nn
 class Config:
     """All that shapes a network, F or G, and nothing else. Raises ValueError where the fields do not fit together."""
 
-    img_size: int = 8
-    channels: int = 1
+    img_size: int = 32
+    channels: int = 4
     patch_size: int = 2
-    num_classes: int = 10  # 0: unconditional
-    width: int = 64
-    blocks: int = 4  # B: the flow's blocks. G has as many aligned blocks, and the denoise block
-    layers: int = 2  # Transformer layers in each block
+    num_classes: int = 1000  # 0: unconditional
+    width: int = 384
+    blocks: int = 8  # B: the flow's blocks. G has as many aligned blocks, and the denoise block
+    layers: int = 8  # Transformer layers in each block
     head_dim: int = 64
-    clip: float | None = 3.0  # F: bound c on (alpha, mu); None: unbounded
+    clip: float | None = 1.0  # F: bound c on (alpha, mu); None: unbounded
     strategy: str = "align"  # G: how it is supervised: align, naive or hidden
     denoise: str = "learned"  # G: learned (one more block, clean target) or none (noisy target)
     class_tokens: int = 8  # G: in-context tokens for the class ...
     guidance_tokens: int = 4  # ... and for the guidance scale
-    w_max: float = 2.0  # G: guidance scales it is trained for, [0, w_max]; 0: trained without guidance
+    w_max: float = 1.0  # G: guidance scales it is trained for, [0, w_max]; 0: trained without guidance
 
     def __post_init__(self):
-        def check(ok: bool, what: str):
-            if not ok:
-                raise ValueError(f"config: {what}")
-
-        for field in dataclasses.fields(self):
-            value, kinds = getattr(self, field.name), {int: int, str: str}.get(field.type, (int, float))
-            check(
-                (value is None and field.name == "clip") or (isinstance(value, kinds) and not isinstance(value, bool)),
-                f"{field.name} is {value!r}, of the wrong type",
-            )
-        for name in "img_size channels patch_size width blocks layers head_dim class_tokens guidance_tokens".split():
-            check(getattr(self, name) > 0, f"{name} must be positive, not {getattr(self, name)}")
-        check(self.img_size % self.patch_size == 0, f"patch_size {self.patch_size} must divide img_size {self.img_size}")
-        check(self.width % self.head_dim == 0, f"head_dim {self.head_dim} must divide width {self.width}")
-        check(self.head_dim % 4 == 0, f"head_dim must be a multiple of 4, not {self.head_dim}")
-        check(self.num_classes >= 0, f"num_classes must not be negative, it is {self.num_classes}")
-        check(self.clip is None or 0 < self.clip < math.inf, f"clip must be positive or none, not {self.clip}")
-        check(self.strategy in ("align", "naive", "hidden"), f"strategy {self.strategy!r} is not align, naive or hidden")
-        check(self.denoise in ("learned", "none"), f"denoise {self.denoise!r} is neither learned nor none")
-        check(0 <= self.w_max < math.inf, f"w_max must be 0 or more, not {self.w_max}")
+        checks = {
+            "patch_size must divide img_size": self.img_size % self.patch_size == 0,
+            "head_dim must divide width and be a multiple of 4": self.width % self.head_dim == self.head_dim % 4 == 0,
+            "blocks and layers must be at least 1": min(self.blocks, self.layers) > 0,
+            "clip must be positive or none": self.clip is None or self.clip > 0,
+            "strategy must be align, naive or hidden": self.strategy in ("align", "naive", "hidden"),
+            "denoise must be learned or none": self.denoise in ("learned", "none"),
+            "w_max must be 0 or more": 0 <= self.w_max < math.inf,
+        }
+        for what, holds in checks.items():
+            if not holds:
+                raise ValueError(f"{what}: {self}")
 
     @property
     def tokens(self) -> int:
@@ -82,12 +74,13 @@ class Config:
         return self.channels * self.patch_size**2
 
 
-_latents = dict(img_size=32, channels=4, num_classes=1000)  # of ImageNet at 256 x 256: 256 tokens of 16 numbers
+# toy and S are ours. The latents of ImageNet at 256 x 256 have the default shape: 256 tokens of 16 numbers.
 SIZES = {
-    "toy": Config(class_tokens=1, guidance_tokens=1, head_dim=32),
-    "B": Config(**_latents, width=768, blocks=8, layers=2),
-    "L": Config(**_latents, width=1024, blocks=8, layers=3),
-    "XL": Config(**_latents, width=1536, blocks=8, layers=3),
+    "toy": Config(8, 1, 2, 10, width=64, blocks=4, layers=2, head_dim=32, class_tokens=1, guidance_tokens=1),
+    "S": Config(28, 1, 4, 10, width=128, blocks=4, layers=2, class_tokens=1, guidance_tokens=1),
+    "B": Config(width=384, blocks=8, layers=8),
+    "L": Config(width=640, blocks=8, layers=8),  # [ours]
+    "XL": Config(width=768, blocks=8, layers=12),
 }
 
 
@@ -104,87 +97,35 @@ def unpatchify(tokens: Tensor, p: int) -> Tensor:
     return tokens.view(N, s, s, D // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(N, -1, s * p, s * p)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What both networks share: saving and loading, and arithmetic that stays in float32 under autocast
+def no_class(x: Tensor) -> Tensor:
+    """Labels (N,) that say "no class" for a batch x of N."""
+    return torch.full((len(x),), -1, dtype=torch.long, device=x.device)
 
 
-MODEL_CARD = """---
-{{ card_data }}
----
-One of the two networks of a BiFlow, *Bidirectional Normalizing Flow: From Data to Noise and Back* (arXiv 2512.10953):
-a flow F from data to noise (TARFlow), or its learned inverse G from noise to data in one pass (BiFlow).
-`config.json` says which size. With the reference implementation's `biflow.py`:
-
-    from biflow import BiFlow, TARFlow
-    images = BiFlow.from_pretrained("USER/NAME").sample(torch.randn(n, T, D), labels, w)   # of a G
-    images = TARFlow.from_pretrained("USER/NAME").inverse(torch.randn(n, T, D), labels)    # of an F
-
-Data, VAE, its latents' mean and std, sigma and training settings, where known, are in `run.json`.
-"""
-
-
-class HubModel(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="biflow",
-    tags=["normalizing-flow", "image-generation"],
-    paper_url="https://arxiv.org/abs/2512.10953",
-    model_card_template=MODEL_CARD,
-):
-    """save_pretrained (huggingface_hub's) writes config.json, model.safetensors and a model card; loading is strict."""
+class HubModel(nn.Module, PyTorchModelHubMixin, library_name="biflow", paper_url="https://arxiv.org/abs/2512.10953"):
+    """A network that save_pretrained writes as config.json and model.safetensors."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
 
     def _save_pretrained(self, save_directory: Path):
-        from safetensors.torch import save_file  # not needed to build a model
+        from safetensors.torch import save
 
-        weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        save_file(weights, save_directory / "model.safetensors", metadata={"crc32": checksum(weights)})
+        (save_directory / "model.safetensors").write_bytes(save(self.state_dict()))  # safetensors' file has mode 0600
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options):
-        """The model saved in a folder, or, for a "user/name" of which no part is a local folder, on the Hub.
+    def from_pretrained(cls, name: str | Path, **hub_options):
+        """The model saved in a folder or, for a "user/name" that is no local path, on the Hub. Unknown fields of the
+        config and weights that do not fit it are errors. `hub_options` go to snapshot_download."""
+        from safetensors.torch import load_file
 
-        Raises FileNotFoundError where the folder or one of its two files is missing, ValueError where the config has
-        unknown fields or does not fit the weights. `hub_options` (revision, token, ...) go to snapshot_download.
-        """
-        name = str(pretrained_model_name_or_path)
-        is_hub_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).parent.exists()
-        if is_hub_name and isinstance(pretrained_model_name_or_path, str):
-            name = snapshot_download(name, allow_patterns=["config.json", "model.safetensors"], **hub_options)
         folder = Path(name).expanduser()
-        for file in (folder, folder / "config.json", folder / "model.safetensors"):
-            if not file.exists():
-                raise FileNotFoundError(f"{file} does not exist")
-        from safetensors import safe_open
-
-        try:
-            config = Config(**json.loads((folder / "config.json").read_text()))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        try:
-            with safe_open(folder / "model.safetensors", "pt") as file:
-                weights, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
-                if "crc32" in metadata and metadata["crc32"] != checksum(weights):
-                    raise ValueError("its checksum does not match")
-        except Exception as error:  # safetensors raises a class of its own for a damaged file
-            raise ValueError(f"{folder / 'model.safetensors'} is damaged: {error}") from None
-        model = cls(config)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{folder}: config.json does not match model.safetensors: {error}") from None
+        if not folder.exists() and not folder.parent.exists():
+            folder = Path(snapshot_download(str(name), **hub_options))
+        model = cls(Config(**json.loads((folder / "config.json").read_text())))
+        model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
-
-
-def checksum(weights: dict[str, Tensor]) -> str:
-    """CRC-32 of all tensors' bytes, in the order of their names."""
-    crc = 0
-    for name in sorted(weights):
-        crc = zlib.crc32(weights[name].contiguous().view(-1).view(torch.uint8).numpy(), crc)
-    return f"{crc:08x}"
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -193,11 +134,19 @@ def upcast(x: Tensor) -> Tensor:
 
 
 class PreciseLinear(nn.Linear):
-    """A linear layer that ignores autocast: the last layers, whose outputs are exponents, log-dets and pixels."""
+    """A linear layer that ignores autocast: the last layers, whose outputs are exponents, log-dets and pixels.
+
+    It starts at zero: a new block of F is the identity, a new head of G says nothing.
+    """
+
+    def __init__(self, width: int, dim: int):
+        super().__init__(width, dim)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+            return nnf.linear(x.to(self.weight.dtype), self.weight, self.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -205,7 +154,7 @@ class PreciseLinear(nn.Linear):
 
 
 class CausalAttention(nn.Module):
-    """Pre-norm causal self-attention: (N, T, C) -> (N, T, C), or one token at a time with a cache."""
+    """Pre-norm causal self-attention over all tokens, or of one token over a cache of those before it."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -214,21 +163,24 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, h, cache=None, t=0):
-        """h (N, T, C); or h (N, 1, C), the token at position t, with a cache of keys and values, each
-        (N, heads, T, head_dim) and filled up to t."""
-        N, T, C = h.shape
-        q, k, v = self.qkv(self.norm(h)).view(N, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            for past, new in zip(cache, (k, v)):
-                past[:, :, t : t + 1] = new
-            k, v = (past[:, :, : t + 1] for past in cache)
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=cache is None)
-        return self.proj(a.transpose(1, 2).reshape(N, T, C))
+    def forward(self, h, cache=None, t=None):
+        """h (N, T, width); or h (N, 1, width), the token at position t (a tensor (1,)), with a cache of keys and values
+        (2, N, heads, T, head_dim) that is filled up to t. Their shapes do not depend on t: one graph serves all."""
+        N, T, width = h.shape
+        q, k, v = self.qkv(self.norm(h)).view(N, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        if cache is None:
+            a = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            keys, values = cache
+            keys.index_copy_(2, t, k)
+            values.index_copy_(2, t, v)
+            filled = torch.arange(keys.shape[2], device=h.device)[None] <= t
+            a = nnf.scaled_dot_product_attention(q, keys, values, attn_mask=filled)
+        return self.proj(a.transpose(1, 2).reshape(N, T, width))
 
 
 class MLP(nn.Module):
-    """Pre-norm GELU MLP of ratio 4: (N, T, C) -> (N, T, C)."""
+    """Pre-norm GELU MLP of ratio 4."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -247,7 +199,7 @@ class CausalLayer(nn.Module):
         self.attention = CausalAttention(width, head_dim)
         self.mlp = MLP(width)
 
-    def forward(self, h, cache=None, t=0):
+    def forward(self, h, cache=None, t=None):
         h = h + self.attention(h, cache, t)
         return h + self.mlp(h)
 
@@ -257,74 +209,100 @@ class FlowBlock(nn.Module):
 
     def __init__(self, config: Config, flip: bool):
         super().__init__()
-        T, D, C = config.tokens, config.dim, config.width
+        T, D, width = config.tokens, config.dim, config.width
         self.flip, self.clip, self.head_dim = flip, config.clip, config.head_dim
-        self.proj_in = nn.Linear(D, C)
-        self.pos_embed = nn.Parameter(1e-2 * torch.randn(T, C))
-        self.class_embed = nn.Parameter(1e-2 * torch.randn(config.num_classes, 1, C)) if config.num_classes else None
-        self.attn_blocks = nn.ModuleList(CausalLayer(C, config.head_dim) for _ in range(config.layers))
-        self.proj_out = PreciseLinear(C, 2 * D)
-        nn.init.zeros_(self.proj_out.weight)  # so that a new block is the identity
-        nn.init.zeros_(self.proj_out.bias)
+        self.proj_in = nn.Linear(D, width)
+        self.pos_embed = nn.Parameter(1e-2 * torch.randn(T, width))
+        if config.num_classes:
+            self.class_embed = nn.Parameter(1e-2 * torch.randn(config.num_classes, 1, width))
+        self.attn_blocks = nn.ModuleList(CausalLayer(width, config.head_dim) for _ in range(config.layers))
+        self.proj_out = PreciseLinear(width, 2 * D)
+
+    def order(self, x: Tensor) -> Tensor:
+        """Raster order -> reading order, and back."""
+        return x.flip(1) if self.flip else x
 
     def embedding(self, y: Tensor) -> Tensor:
-        """Labels (N,) -> position + class embedding (N, T, C) in raster order; "no class" is the mean of the classes."""
-        if self.class_embed is None:
-            return self.pos_embed.expand(len(y), -1, -1)
-        none = (y < 0).view(-1, 1, 1)
-        return self.pos_embed + torch.where(none, self.class_embed.mean(0), self.class_embed[y.clamp(min=0)])
+        """Labels (N,) -> position + class embedding (N, T, width) in reading order. "No class": the classes' mean."""
+        embedding = self.pos_embed.expand(len(y), -1, -1)
+        if hasattr(self, "class_embed"):
+            none = (y < 0).view(-1, 1, 1)
+            embedding = embedding + torch.where(none, self.class_embed.mean(0), self.class_embed[y.clamp(min=0)])
+        return self.order(embedding)
 
     def affine(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, T, C) -> log-scale alpha and shift mu of the *next* token, each (N, T, D), clipped to [-c, c].
+        """Hidden tokens -> log-scale alpha and shift mu of the *next* token, each (N, T, D), clipped to [-c, c].
 
         Norm control, part one: clipping bounds how far a block can move the norm of its input.
         """
         out = self.proj_out(h)
         return (out if self.clip is None else out.clamp(-self.clip, self.clip)).chunk(2, dim=-1)
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x^i (N, T, D), y (N,) -> x^{i+1} (N, T, D), log|det f_i'| (N,) in nats.
-
-        x^{i+1}_t = (x^i_t - mu_t) exp(-alpha_t), where (alpha, mu)_t depend on the tokens before t; alpha_0 = mu_0 = 0.
-        """
+    def parameters_of(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens in reading order -> (alpha, mu)_t of every token, from the tokens before it; alpha_0 = mu_0 = 0."""
         h = self.proj_in(x) + self.embedding(y)
-        if self.flip:
-            x, h = x.flip(1), h.flip(1)
         for layer in self.attn_blocks:
             h = layer(h)
         alpha, mu = self.affine(h)
-        alpha, mu = F.pad(alpha[:, :-1], (0, 0, 1, 0)), F.pad(mu[:, :-1], (0, 0, 1, 0))  # output t-1 is for token t
-        x = (x - mu) * torch.exp(-alpha)
-        return (x.flip(1) if self.flip else x), -alpha.sum((1, 2))
+        return nnf.pad(alpha[:, :-1], (0, 0, 1, 0)), nnf.pad(mu[:, :-1], (0, 0, 1, 0))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x^i (N, T, D), y (N,) -> x^{i+1} (N, T, D), log|det f_i'| (N,) in nats.
+
+        x^{i+1}_t = (x^i_t - mu_t) exp(-alpha_t), so that log|det f_i'| = -sum of alpha.
+        """
+        x = self.order(x)
+        alpha, mu = self.parameters_of(x, y)
+        return self.order((x - mu) * torch.exp(-alpha)), -alpha.sum((1, 2))
 
     def inverse(self, x: Tensor, y: Tensor, guidance: float) -> Tensor:
-        """x^{i+1} (N, T, D) -> x^i: x^i_t = x^{i+1}_t exp(alpha_t) + mu_t, one token after another, with a KV cache.
-
-        Guidance (TARFlow): alpha = alpha_c + w (alpha_c - alpha_u), likewise mu; both branches run as one batch.
-        """
-        N, T, _ = x.shape
+        """x^{i+1} (N, T, D) -> x^i: x^i_t = x^{i+1}_t exp(alpha_t) + mu_t, one token after another, with a KV cache."""
+        x = self.order(x).clone()
         if guidance:
-            y = torch.cat([y, torch.full_like(y, -1)])
+            y = torch.cat([y, torch.full_like(y, -1)])  # both branches run as one batch
         embedding = self.embedding(y)
-        x, embedding = (x.flip(1), embedding.flip(1)) if self.flip else (x.clone(), embedding)
-        dtype = self.proj_in(x[:, :1]).dtype  # of keys and values: autocast's, if it is on
-        size = (len(y), embedding.shape[2] // self.head_dim, T, self.head_dim)
-        cache = [[x.new_empty(size, dtype=dtype) for _ in "kv"] for _ in self.attn_blocks]
-        for t in range(T - 1):
+        N, T, width = embedding.shape
+        shape = (len(self.attn_blocks), 2, N, width // self.head_dim, T, self.head_dim)
+        cache = x.new_zeros(shape, dtype=self.proj_in(x[:, :1]).dtype)  # autocast's, if it is on
+        t = torch.zeros(1, dtype=torch.long, device=x.device)
+        for _ in range(T - 1):
             self.step(x, embedding, cache, t, guidance)
-        return x.flip(1) if self.flip else x
+        return self.order(x)
 
-    def step(self, x: Tensor, embedding: Tensor, cache: list, t: int, guidance: float):
-        """Make token t + 1 of x (N, T, D) from token t, in place. Compiled, one graph with a dynamic t serves all."""
-        token = x[:, t : t + 1]
-        h = self.proj_in(torch.cat([token, token]) if guidance else token) + embedding[:, t : t + 1]
+    def step(self, x: Tensor, embedding: Tensor, cache: Tensor, t: Tensor, guidance: float):
+        """Make token t + 1 of x (N, T, D) from token t, in place, and move t (1,) on."""
+        token = x.index_select(1, t)
+        h = self.proj_in(torch.cat([token, token]) if guidance else token) + embedding.index_select(1, t)
         for layer, layer_cache in zip(self.attn_blocks, cache):
             h = layer(h, layer_cache, t)
-        alpha, mu = self.affine(h)
+        t += 1
+        alpha, mu = guide(*self.affine(h), guidance * t / (x.shape[1] - 1)) if guidance else self.affine(h)
+        x.index_copy_(1, t, x.index_select(1, t) * torch.exp(alpha) + mu)
+
+    def inverse_jacobi(self, x_next: Tensor, y: Tensor, guidance: float, tolerance: float) -> Tensor:
+        """The same map by fixed-point iteration on all tokens at once: x <- x^{i+1} exp(alpha(x)) + mu(x). Each round
+        makes at least one more token exact; it ends when no number moves by more than the tolerance."""
+        x = x_next = self.order(x_next)
+        T = x.shape[1]
+        w = guidance * torch.arange(T, device=x.device).view(T, 1) / (T - 1)
         if guidance:
-            (alpha, alpha_u), (mu, mu_u) = alpha.chunk(2), mu.chunk(2)
-            alpha, mu = alpha + guidance * (alpha - alpha_u), mu + guidance * (mu - mu_u)
-        x[:, t + 1 : t + 2] = x[:, t + 1 : t + 2] * torch.exp(alpha) + mu
+            y = torch.cat([y, torch.full_like(y, -1)])
+        for _ in range(T - 1):
+            before = x
+            alpha, mu = self.parameters_of(torch.cat([x, x]) if guidance else x, y)
+            if guidance:
+                alpha, mu = guide(alpha, mu, w)
+            x = x_next * torch.exp(alpha) + mu
+            if (x - before).abs().max() <= tolerance:
+                break
+        return self.order(x)
+
+
+def guide(alpha: Tensor, mu: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Guidance of the exact inverse (TARFlow): alpha_c + w (alpha_c - alpha_u), likewise mu, of a batch that holds the
+    conditional and then the unconditional branch. In TARFlow's evaluation w grows along the tokens: w t / (T - 1)."""
+    (alpha, alpha_u), (mu, mu_u) = alpha.chunk(2), mu.chunk(2)
+    return alpha + w * (alpha - alpha_u), mu + w * (mu - mu_u)
 
 
 class TARFlow(HubModel):
@@ -357,6 +335,14 @@ class TARFlow(HubModel):
             z = block.inverse(z, y, guidance)
         return unpatchify(z, self.config.patch_size)
 
+    @torch.no_grad()
+    def inverse_jacobi(self, z: Tensor, y: Tensor | None = None, guidance: float = 0.0, tolerance=1e-3) -> Tensor:
+        """The same map by fixed-point iteration, block by block: at most T - 1 parallel rounds each, mostly fewer."""
+        y = no_class(z) if y is None else y
+        for block in reversed(self.blocks):
+            z = block.inverse_jacobi(z, y, guidance, tolerance)
+        return unpatchify(z, self.config.patch_size)
+
     def denoise(self, x: Tensor, y: Tensor | None, sigma: float) -> Tensor:
         """Score-based denoising, x~ + sigma^2 grad log p(x~) (Tweedie's formula): (N, C, H, W) -> (N, C, H, W)."""
         with torch.enable_grad():
@@ -365,11 +351,12 @@ class TARFlow(HubModel):
         return x.detach() + sigma**2 * score
 
     @classmethod
-    def from_tarflow(cls, state_dict: dict[str, Tensor], config: Config) -> "TARFlow":
-        """A model with the weights of a published TARFlow checkpoint; its flow is not clipped, so clip becomes None.
+    def from_tarflow(cls, state_dict: dict[str, Tensor], config: Config | None = None) -> "TARFlow":
+        """A model with the weights of a published TARFlow checkpoint, with or without classes. Its flow is not clipped.
 
-        Raises ValueError for a checkpoint of another kind or shape: a learned prior (`var` other than ones: the
-        volume-preserving variant), an attention mask that is not causal, names or sizes that do not fit `config`.
+        The sizes are read off the tensors' shapes, for images of three channels; `config` says otherwise. Raises
+        ValueError for a checkpoint of another kind: a learned prior (`var` other than ones: the volume-preserving
+        variant), an attention mask that is not causal, names or shapes that do not fit.
         """
         state = dict(state_dict)
         if "var" not in state or not bool((state.pop("var") == 1).all()):
@@ -378,17 +365,21 @@ class TARFlow(HubModel):
             mask = state.pop(name)
             if not torch.equal(mask.bool(), torch.ones_like(mask, dtype=torch.bool).tril()):
                 raise ValueError(f"{name} is not a causal mask")
-        model = cls(dataclasses.replace(config, clip=None))
         try:
+            model = cls(dataclasses.replace(config or config_of_tarflow(state), clip=None))
             model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"the checkpoint does not fit the config: {error}") from None
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"the checkpoint does not fit: {error}") from None
         return model.eval()
 
 
-def no_class(x: Tensor) -> Tensor:
-    """Labels (N,) that say "no class" for a batch x of N."""
-    return torch.full((len(x),), -1, dtype=torch.long, device=x.device)
+def config_of_tarflow(state: dict[str, Tensor], channels: int = 3) -> Config:
+    """The sizes of a published TARFlow, from the shapes of its tensors. Its heads have 64 channels."""
+    tokens, width = state["blocks.0.pos_embed"].shape
+    patch_size = math.isqrt(state["blocks.0.proj_in.weight"].shape[1] // channels)
+    blocks, layers = (1 + max(int(name.split(".")[i]) for name in state if "attn_blocks" in name) for i in (1, 3))
+    num_classes = len(state.get("blocks.0.class_embed", ()))
+    return Config(math.isqrt(tokens) * patch_size, channels, patch_size, num_classes, width, blocks, layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,7 +390,7 @@ class RMSNorm(nn.Module):
     """x / RMS(x) over the last dimension, in at least float32. Without a scale: the layer that follows can hold it."""
 
     def forward(self, x):
-        return F.rms_norm(upcast(x), x.shape[-1:], eps=1e-6).to(x.dtype)
+        return nnf.rms_norm(upcast(x), x.shape[-1:], eps=1e-6).to(x.dtype)
 
 
 def rope_table(context: int, side: int, head_dim: int) -> Tensor:
@@ -408,7 +399,7 @@ def rope_table(context: int, side: int, head_dim: int) -> Tensor:
     frequencies = 100.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
     row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     angles = torch.cat([row.reshape(-1, 1) * frequencies, column.reshape(-1, 1) * frequencies], dim=1)
-    angles = F.pad(angles, (0, 0, context, 0))
+    angles = nnf.pad(angles, (0, 0, context, 0))
     return torch.stack([angles.cos(), angles.sin()])
 
 
@@ -419,8 +410,8 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class ReverseLayer(nn.Module):
-    """One layer of the reverse ViT: (N, T, C) -> (N, T, C). It starts near the identity: the gates at one, the
-    branches' last layers small (gates at zero, before layers of full size, learned half as fast on digits [ours])."""
+    """One layer of the reverse ViT. It starts near the identity: the gates at one, the branches' last layers small
+    (gates at zero, before layers of full size, learned half as fast on digits [ours])."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -438,35 +429,54 @@ class ReverseLayer(nn.Module):
             self.mlp_out.weight.mul_(0.1)
 
     def forward(self, h, rope):
-        N, T, C = h.shape
-        qkv = self.qkv(self.norm(h)).view(N, T, 3, C // self.head_dim, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.qk_scale * self.norm(qkv[:2]), rope).to(qkv.dtype)
-        a = F.scaled_dot_product_attention(q, k, qkv[2]).transpose(1, 2).reshape(N, T, C)
-        h = h + F.linear(a, self.attn_gate[:, None] * self.proj.weight)  # gate * proj(a)
+        N, T, width = h.shape
+        q, k, v = self.qkv(self.norm(h)).view(N, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        q = rotate(self.qk_scale * self.norm(q), rope).to(v.dtype)
+        k = rotate(self.qk_scale * self.norm(k), rope).to(v.dtype)
+        a = nnf.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, width)
+        h = h + self.attn_gate * self.proj(a)
         gate, value = self.mlp_in(self.norm(h)).chunk(2, dim=-1)
-        return h + F.linear(F.silu(gate) * value, self.mlp_gate[:, None] * self.mlp_out.weight)
+        return h + self.mlp_gate * self.mlp_out(nnf.silu(gate) * value)
 
 
 class ReverseBlock(nn.Module):
-    """G_i: hidden tokens (N, T, C) and fresh context tokens (N, K, C) -> hidden tokens (N, T, C). The context is
-    dropped at the end, so that the block is a function of (h, class, w) alone [ours]. Like a block of F it has position
-    embeddings of its own, beside RoPE: what it inverts differs from place to place [ours]."""
+    """G_i(h | class, w): hidden tokens (N, T, width), y (N,), w (N,) -> hidden tokens (N, T, width).
+
+    Class and guidance scale enter as context tokens, from a table and an MLP in each block. They are dropped at the
+    end, so that a block is a function of (h, class, w) and of nothing else [ours]. Each block has its own position
+    embedding besides RoPE, because the map that it inverts differs from position to position [ours].
+    """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, config.width))
-        self.layers = nn.ModuleList(ReverseLayer(config.width, config.head_dim) for _ in range(config.layers))
+        width, self.w_max = config.width, config.w_max
+        self.copies = (config.class_tokens, config.guidance_tokens)
+        self.class_embed = nn.Embedding(1 + config.num_classes, width)  # the first row is "no class"
+        self.guidance_embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
+        self.slot_embed = nn.Parameter(torch.randn(sum(self.copies), width))  # tells the context tokens apart
+        self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, width))
+        self.layers = nn.ModuleList(ReverseLayer(width, config.head_dim) for _ in range(config.layers))
+        rope = rope_table(sum(self.copies), math.isqrt(config.tokens), config.head_dim)
+        self.register_buffer("rope", rope, persistent=False)
 
-    def forward(self, h, context, rope):
-        h = torch.cat([context, h + self.pos_embed], dim=1)
+    def context(self, y: Tensor, w: Tensor) -> Tensor:
+        """Labels (N,), guidance scales (N,) -> context tokens (N, K, width)."""
+        share = (w / self.w_max).clamp(0, 1) if self.w_max else torch.zeros_like(w)  # beyond the range: its end
+        waves = torch.cos(math.pi * share[:, None] * torch.arange(32, device=w.device))
+        class_tokens = self.class_embed(y + 1)[:, None].expand(-1, self.copies[0], -1)
+        guidance_tokens = self.guidance_embed(waves)[:, None].expand(-1, self.copies[1], -1)
+        return torch.cat([class_tokens, guidance_tokens], dim=1) + self.slot_embed
+
+    def forward(self, h, y, w):
+        h = torch.cat([self.context(y, w), h + self.pos_embed], dim=1)
         for layer in self.layers:
-            h = layer(h, rope)
-        return h[:, context.shape[1] :]
+            h = layer(h, self.rope)
+        return h[:, sum(self.copies) :]
 
 
 def projection_head(width: int, dim: int) -> nn.Sequential:
-    """phi_i: hidden state (N, T, C) -> token space (N, T, D)."""
-    return nn.Sequential(RMSNorm(), nn.Linear(width, width), nn.GELU(), PreciseLinear(width, dim))
+    """phi_i: hidden tokens (N, T, width) -> token space (N, T, D), linear."""
+    return nn.Sequential(RMSNorm(), PreciseLinear(width, dim))
 
 
 class BiFlow(HubModel):
@@ -479,101 +489,82 @@ class BiFlow(HubModel):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        B, C, D = config.blocks, config.width, config.dim
+        B, D, width = config.blocks, config.dim, config.width
         learned = config.denoise == "learned"
-        self.proj_in = nn.Linear(D, C)
+        self.proj_in = nn.Linear(D, width)
         self.blocks = nn.ModuleList(ReverseBlock(config) for _ in range(B + learned))
         # One head for each state between z and x'; heads[j] reads block j. Naive distillation has none.
         supervised = 0 if config.strategy == "naive" else B if learned else B - 1
-        self.heads = nn.ModuleList(projection_head(C, D) for _ in range(supervised))
+        self.heads = nn.ModuleList(projection_head(width, D) for _ in range(supervised))
         if config.strategy == "hidden":  # the state itself is forced through token space
-            self.lifts = nn.ModuleList(nn.Linear(D, C) for _ in range(supervised))
-        self.out = nn.Sequential(RMSNorm(), PreciseLinear(C, D))
-        # In-context conditioning: what the class and w say (shared by all blocks) plus where it is said (block, slot).
-        self.class_embed = nn.Embedding(1 + config.num_classes, C)  # the first row is "no class"
-        self.guidance_embed = nn.Sequential(nn.Linear(32, C), nn.SiLU(), nn.Linear(C, C))
-        slots = config.class_tokens + config.guidance_tokens
-        self.slot_embed = nn.Parameter(torch.randn(len(self.blocks), slots, C))
-        rope = rope_table(slots, math.isqrt(config.tokens), config.head_dim)
-        self.register_buffer("rope", rope, persistent=False)
-        self.register_buffer("schedule", guidance_schedule(B, len(self.blocks)), persistent=False)
-
-    def context(self, y: Tensor, w: Tensor) -> Tensor:
-        """Labels (N,) and guidance scales (N,) -> the context tokens of all blocks at once, (blocks, N, K, C)."""
-        classes = self.class_embed(y.clamp(min=-1) + 1)
-        share = (w / max(self.config.w_max, 1e-6)).clamp(0, 1)  # beyond the trained range: its end
-        scales = self.guidance_embed(torch.cos(math.pi * share[:, None] * torch.arange(32, device=w.device)))
-        said = [classes] * self.config.class_tokens + [scales] * self.config.guidance_tokens
-        return torch.stack(said, dim=1) + self.slot_embed[:, None]
+            self.lifts = nn.ModuleList(nn.Linear(D, width) for _ in range(supervised))
+        self.out = projection_head(width, D)
 
     def conditions(self, z: Tensor, y: Tensor | None, w: Tensor | float) -> tuple[Tensor, Tensor]:
         """y or None, w or a float -> (N,) labels and (N,) scales on z's device; w = 0 where there is no class."""
-        y = no_class(z) if y is None else y
-        w = torch.as_tensor(w, dtype=z.dtype).to(z.device, non_blocking=True).expand(len(z))
+        if y is None or self.config.num_classes == 0:
+            y = no_class(z)
+        w = w.to(z.dtype) if isinstance(w, Tensor) else torch.full((len(z),), w, dtype=z.dtype, device=z.device)
         return y, torch.where(y < 0, 0.0, w)
 
-    def walk(self, z: Tensor, step) -> tuple[Tensor, list[Tensor]]:
-        """From z (N, T, D) through all blocks by h <- step(j, h) -> x' (N, C, H, W), and the states h with a head."""
-        h, states = self.proj_in(z), []
-        for j in range(len(self.blocks)):
-            h = step(j, h)
-            if j < len(self.heads):
-                states.append(h)
-                if self.config.strategy == "hidden":
-                    h = self.lifts[j](self.heads[j](h))
-        return unpatchify(self.out(h), self.config.patch_size), states
+    def project(self, j: int, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """After block j: the state that goes on, and what its head, if it has one, predicts of the flow's state.
+
+        In hidden distillation the state itself is forced through token space."""
+        if j >= len(self.heads):
+            return h, None
+        prediction = self.heads[j](h)
+        return (self.lifts[j](prediction) if self.config.strategy == "hidden" else h), prediction
+
+    def image(self, h: Tensor) -> Tensor:
+        return unpatchify(self.out(h), self.config.patch_size)
 
     def forward(self, z: Tensor, y: Tensor | None, w: Tensor | float) -> tuple[Tensor, dict[int, Tensor]]:
         """Training: z (N, T, D), y (N,), w (N,) -> x' (N, C, H, W), predictions {i: (N, T, D)}, predictions[i] ~ x^i.
 
-        Training-time guidance: with w > 0 it is (G_i(h | class, w) + w_i G_i(h | none)) / (1 + w_i) that carries on and
-        is supervised, so that G_i(h | class, w) alone learns to be the guided state. The none-branch runs without
-        gradient [ours], only for the samples with w > 0: keep w on the CPU, and finding them costs no synchronisation.
+        Training-time guidance: (G_i(h | class, w) + w G_i(h | none)) / (1 + w) goes on and is supervised, so that
+        G_i(h | class, w) learns to be the guided state. The none-branch runs without gradient; w_i = w for the aligned
+        blocks, 0 for the denoise block [ours].
         """
-        guided = torch.nonzero(torch.as_tensor(w).expand(len(z)) > 0).squeeze(1).to(z.device, non_blocking=True)
         y, w = self.conditions(z, y, w)
-        context = self.context(y, w)
-        with torch.no_grad():
-            none = self.context(no_class(guided), torch.zeros_like(w[guided]))
-
-        def step(j, h):
-            out = self.blocks[j](h, context[j], self.rope)
-            if len(guided) and j < self.config.blocks:
+        none, zero, w_i = no_class(z), torch.zeros_like(w), w.view(-1, 1, 1)
+        h, predictions = self.proj_in(z), {}
+        for j, block in enumerate(self.blocks):
+            out = block(h, y, w)
+            if self.config.w_max and j < self.config.blocks:
                 with torch.no_grad():
-                    out_none = self.blocks[j](h[guided], none[j], self.rope)
-                w_j = (self.schedule[j] * w[guided]).view(-1, 1, 1)
-                out = out.index_copy(0, guided, (out[guided] + w_j * out_none) / (1 + w_j))
-            return out
-
-        x, states = self.walk(z, step)
-        return x, {self.config.blocks - 1 - j: head(h) for j, (head, h) in enumerate(zip(self.heads, states))}
+                    out_none = block(h, none, zero)
+                out = (out + w_i * out_none) / (1 + w_i)
+            h, prediction = self.project(j, out)
+            if prediction is not None:
+                predictions[self.config.blocks - 1 - j] = prediction
+        return self.image(h), predictions
 
     @torch.no_grad()
     def sample(self, z: Tensor, y: Tensor | None = None, w: Tensor | float = 0.0) -> Tensor:
-        """1-NFE sampling: z (N, T, D), y (N,), w in [0, w_max] -> x' (N, C, H, W). Each block is called once."""
-        context = self.context(*self.conditions(z, y, w))
-        return self.walk(z, lambda j, h: self.blocks[j](h, context[j], self.rope))[0]
+        """1-NFE sampling: z (N, T, D), y (N,), w in [0, w_max] -> x' (N, C, H, W). Each block is called once.
+
+        Without y, a G that knows classes returns the mean over the classes that z may stand for, which guidance points
+        away from: it is no unconditional sampler, since its z always came from F with a class.
+        """
+        y, w = self.conditions(z, y, w)
+        h = self.proj_in(z)
+        for j, block in enumerate(self.blocks):
+            h, _ = self.project(j, block(h, y, w))
+        return self.image(h)
 
     @torch.no_grad()
     def sample_two_pass(self, z: Tensor, y: Tensor | None, w: Tensor | float) -> Tensor:
-        """2-NFE guidance at sampling: h <- (1 + w_i) G_i(h | class) - w_i G_i(h | none), both branches as one batch."""
+        """2-NFE guidance at sampling: h <- (1 + w) G_i(h | class) - w G_i(h | none), in the aligned blocks."""
         y, w = self.conditions(z, y, w)
-        context = self.context(torch.cat([y, no_class(z)]), torch.zeros(2 * len(z), device=z.device))
-
-        def step(j, h):
-            if j == self.config.blocks:  # the denoise block takes no guidance
-                return self.blocks[j](h, context[j, : len(h)], self.rope)
-            out, out_none = self.blocks[j](torch.cat([h, h]), context[j], self.rope).chunk(2)
-            w_j = (self.schedule[j] * w).view(-1, 1, 1)
-            return (1 + w_j) * out - w_j * out_none
-
-        return self.walk(z, step)[0]
-
-
-def guidance_schedule(aligned: int, blocks: int) -> Tensor:
-    """How much of the guidance scale w each block takes, (blocks,): w_i = w / B for the aligned blocks, since guidance
-    block by block compounds, and none for the denoise block [ours]."""
-    return torch.cat([torch.full((aligned,), 1 / aligned), torch.zeros(blocks - aligned)])
+        none, zero, w_i = no_class(z), torch.zeros_like(w), w.view(-1, 1, 1)
+        h = self.proj_in(z)
+        for j, block in enumerate(self.blocks):
+            out = block(h, y, zero)
+            if j < self.config.blocks:
+                out = (1 + w_i) * out - w_i * block(h, none, zero)
+            h, _ = self.project(j, out)
+        return self.image(h)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -601,8 +592,8 @@ def rms_normalize(x: Tensor) -> Tensor:
 
 
 def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """D, (N,): the squared difference summed over all dimensions [ours: the sum, for which c = 0.01 was published]."""
-    return (upcast(prediction) - target).square().flatten(1).sum(1)
+    """D, (N,): the squared difference summed over all dimensions, for which c = 0.01 was published."""
+    return (upcast(prediction) - upcast(target)).square().flatten(1).sum(1)
 
 
 def reverse_loss(
@@ -630,39 +621,45 @@ def reverse_loss(
     return loss, errors
 
 
-class PerceptualDistance(nn.Module):
-    """LPIPS and ConvNeXt distances of decoded images, each with its weight and its adaptive weight.
+class FeatureDistance(nn.Module):
+    """Squared differences (N,) of a network's features. It gets images (N, C, S, S) normalised as in its training."""
 
-    decode: what G sees (N, C, H, W) -> images (N, 1 or 3, S, S) in [-1, 1], differentiable. lpips(a, b) -> (N, 1, 1, 1)
-    takes images in [-1, 1]; convnext(a) -> (N, features) takes images normalised with ImageNet's mean and std, as it
-    was trained. Either may be None. The networks' weights are frozen; gradients flow through them, crop and decoder to x'.
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        features = [self.net((0.5 * images + 0.5 - self.mean) / self.std) for images in (a, b)]
+        return squared_distance(*features)
+
+
+class PerceptualDistance(nn.Module):
+    """Distances of decoded images by frozen networks, such as LPIPS, each with its weight and its adaptive weight.
+
+    decode: what G sees (N, C, H, W) -> images (N, 1 or 3, S, S) in [-1, 1], differentiable.
+    nets: modules that take two batches of images in [-1, 1], the same random crop of each resized to `size`, and give a
+    distance for each pair. Gradients flow through them, the crop and the decoder to x'.
     """
 
-    def __init__(self, decode, lpips=None, convnext=None, weights: tuple[float, float] = (0.4, 0.1), p: float = 1.0):
+    def __init__(self, decode, nets: dict[str, nn.Module], weights: dict[str, float], p: float = 1.0, size: int = 224):
         super().__init__()
-        self.decode, self.weights, self.p = decode, dict(zip(("lpips", "convnext"), weights)), p
-        self.lpips, self.convnext = (net and net.eval().requires_grad_(False) for net in (lpips, convnext))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.decode, self.weights, self.p, self.size = decode, weights, p, size
+        self.nets = nn.ModuleDict(nets).eval().requires_grad_(False)
 
     def forward(self, x_prime: Tensor, x: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x', x (N, C, H, W), u (N, 4) uniform numbers of the crop -> mean weighted loss, raw distances (N,) by name."""
-        a = self.decode(x_prime)
+        """x', x (N, C, H, W), u (N, 4) the crop's uniform numbers -> mean weighted loss, distances (N,) by name."""
+        a = checkpoint(self.decode, x_prime, use_reentrant=False)  # its activations are most of the memory
         with torch.no_grad():
             b = self.decode(x)
-        with torch.autocast(x.device.type, enabled=False):
-            a, b = (random_resized_crop(upcast(i).expand(-1, 3, -1, -1), u) for i in (a, b))
-            distances = {}
-            if self.lpips is not None:
-                distances["lpips"] = self.lpips(a, b).flatten()
-            if self.convnext is not None:
-                fa, fb = (self.convnext((i * 0.5 + 0.5 - self.mean) / self.std) for i in (a, b))
-                distances["convnext"] = squared_distance(fa, fb)
+        a, b = (random_resized_crop(upcast(images), u, self.size) for images in (a, b))
+        distances = {name: upcast(net(a, b)).flatten() for name, net in self.nets.items()}
         weighted = (self.weights[k] * (adaptive_weight(d, self.p) * d).mean() for k, d in distances.items())
         return sum(weighted), {k: d.detach() for k, d in distances.items()}
 
 
-def random_resized_crop(x: Tensor, u: Tensor, size: int = 224) -> Tensor:
+def random_resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
     """Crop images (N, C, S, S) to a random area (0.08 to 1) and ratio (3/4 to 4/3), resize to (N, C, size, size).
 
     u (N, 4): uniform numbers that decide area, ratio, x and y. A side longer than the image is cut to it [ours].
@@ -672,5 +669,62 @@ def random_resized_crop(x: Tensor, u: Tensor, size: int = 224) -> Tensor:
     zero = torch.zeros_like(w)
     centre_x, centre_y = (2 * u[:, 2] - 1) * (1 - w), (2 * u[:, 3] - 1) * (1 - h)
     theta = torch.stack([w, zero, centre_x, zero, h, centre_y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(theta, [len(x), 1, size, size], align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    with torch.autocast(x.device.type, enabled=False):  # affine_grid would compute places in bfloat16
+        grid = nnf.affine_grid(theta, [len(x), 1, size, size], align_corners=False)
+    return nnf.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Running the networks: precision, compilation, VAE
+
+
+def autocast(device: torch.device, enabled: bool):
+    """bf16 autocast. The weight cache is disabled: weights cast under no_grad would be reused by a later forward pass
+    and get no gradient."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+
+def freeze(model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
+    """Move a frozen network to the device. With bf16, cast its linear layers (except PreciseLinear) once instead of at
+    every call."""
+    model.to(device).eval().requires_grad_(False)
+    for layer in model.modules():
+        if bf16 and type(layer) is nn.Linear:
+            layer.to(torch.bfloat16)
+    if compiled:
+        compile_blocks(model)
+
+
+def compile_blocks(model: nn.Module):
+    """In place, so that state dicts keep their names. The exact inverse's step: one graph serves all tokens."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut each block into several graphs
+    for block in model.blocks:
+        block.compile()
+        if isinstance(block, FlowBlock):
+            block.step = torch.compile(block.step)
+
+
+class VAE:
+    """Images <-> latents, by a diffusers AutoencoderKL. Outside it, latents are normalised per channel."""
+
+    def __init__(self, name: str, device: torch.device, mean=0.0, std=1.0, bf16: bool = False):
+        from diffusers import AutoencoderKL
+
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        net = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, low_cpu_mem_usage=False).eval()
+        self.net = net.requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        self.mean, self.std = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [-1, 1] -> the posterior's mean and log-variance, (N, 2, C, h, w), not normalised."""
+        posterior = self.net.encode(images.to(self.net.dtype)).latent_dist
+        return torch.stack([posterior.mean, posterior.logvar], dim=1).float()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1]. Differentiable."""
+        with torch.autocast(
+            latents.device.type, enabled=False
+        ):  # CUDA's would keep group_norm's activations in float32
+            latents = latents * self.std + self.mean
+            return self.net.decode(latents.to(self.net.dtype)).sample.float()
