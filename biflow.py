@@ -550,7 +550,9 @@ class BiFlow(HubModel):
         y, w = self.conditions(z, y, w)
         h = self.proj_in(z)
         for j, block in enumerate(self.blocks):
-            h, _ = self.project(j, block(h, y, w))
+            h = block(h, y, w)
+            if self.config.strategy == "hidden":
+                h, _ = self.project(j, h)
         return self.image(h)
 
     @torch.no_grad()
@@ -563,7 +565,7 @@ class BiFlow(HubModel):
             out = block(h, y, zero)
             if j < self.config.blocks:
                 out = (1 + w_i) * out - w_i * block(h, none, zero)
-            h, _ = self.project(j, out)
+            h = self.project(j, out)[0] if self.config.strategy == "hidden" else out
         return self.image(h)
 
 

@@ -59,8 +59,9 @@ def inception_score(logits, splits=10):
     """exp E KL(p(y|x) || p(y)) of logits (n, classes): mean over the splits, shuffled with a fixed seed (2020)."""
     logits = logits[np.random.RandomState(2020).permutation(len(logits))].astype(np.float64)
     log_p = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-    scores = []
-    for part in np.array_split(log_p, min(splits, len(log_p))):
+    n, splits, scores = len(log_p), min(splits, len(log_p)), []
+    for i in range(splits):
+        part = log_p[i * n // splits : (i + 1) * n // splits]
         p = np.exp(part)
         scores.append(np.exp((p * (part - np.log(p.mean(0)))).sum(1).mean()))
     return float(np.mean(scores))

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as nnf
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 from biflow import VAE, BiFlow, TARFlow, autocast, freeze, rms_normalize, unpatchify
 
@@ -36,6 +37,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def fail(message):
     """End with one line and exit status 2, for mistakes that a user can put right."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # or the line would be appended to it
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 

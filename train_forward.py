@@ -87,10 +87,13 @@ def main(argv=None):
         args.sigma = 0.3 if data.info["vae"] else 0.1
     channels, side, _ = data.array.shape[-3:]
     shape = dict(channels=channels, img_size=side, num_classes=len(data.info["classes"]))
+    try:
+        shape["patch_size"] = patch_size_for(side, args)
+        config = dataclasses.replace(SIZES[args.size], **shape, clip=args.clip)
+    except ValueError as error:
+        fail(error)
     torch.manual_seed(args.seed)
-    model = TARFlow(
-        dataclasses.replace(SIZES[args.size], **shape, patch_size=patch_size_for(side, args), clip=args.clip)
-    )
+    model = TARFlow(config)
     run = dict(data.info, stage="forward", sigma=args.sigma)
     decode = load_decoder(run, device, args.bf16)
     loss = functools.partial(forward_loss, args=args)
@@ -116,6 +119,8 @@ def train(args, device, model, run, data, loss_fn, evaluate):
     parts = dict(model=model, ema=ema, optimizer=make_optimizer(model, args))
     for name in parts if state else ():
         parts[name].load_state_dict(state[name])
+    if state and RANK == 0:
+        save_model(args, run, ema, start)  # a kill may have come between the checkpoint and these
     del state  # it is as large as the three together
 
     # Compile, and distribute over processes:
@@ -334,7 +339,9 @@ def load_checkpoint(out, resume):
     paths = [Path(resume)] if resume else [p for p in (out / "checkpoint.pt", out / "checkpoint.prev.pt") if p.exists()]
     for path in paths:
         try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            assert "args" in state, "it is no checkpoint of a run"
+            return state
         except Exception as error:  # zipfile, pickle and torch raise many kinds
             print(f"the checkpoint {path} is damaged or missing ({str(error).splitlines()[0]})")
     if paths or (out / "run.json").exists():
@@ -352,10 +359,14 @@ def save_checkpoint(args, run, parts, step, skipped):
         if (out / names[0]).exists():
             os.replace(out / names[0], out / names[1])
         os.replace(out / "checkpoint.next.pt", out / names[0])
-        parts["ema"].save_pretrained(out)
-        write_aside(out / "run.json", json.dumps(run | dict(step=step), indent=2).encode())
+        save_model(args, run, parts["ema"], step)
     except (OSError, RuntimeError) as error:  # a full disk is the one or the other, as torch's writer sees it
         fail(f"cannot save step {step} to {out} ({error}); the checkpoint before it is whole: make room, start again")
+
+
+def save_model(args, run, ema, step):
+    ema.save_pretrained(args.out)
+    write_aside(args.out / "run.json", json.dumps(run | dict(step=step), indent=2).encode())
 
 
 def report(args, step, metrics, rows, bar):

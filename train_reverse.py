@@ -142,9 +142,13 @@ def main(argv=None):
     freeze(flow, device, args.bf16, args.compile)
     same = ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")
     fields = {name: getattr(flow.config, name) for name in same}
-    torch.manual_seed(args.seed)
     own = dict(strategy=args.strategy, denoise=args.denoise, w_max=args.w_max)
-    model = BiFlow(dataclasses.replace(SIZES[args.size], **fields, **own))
+    try:
+        config = dataclasses.replace(SIZES[args.size], **fields, **own)
+    except ValueError as error:
+        fail(error)
+    torch.manual_seed(args.seed)
+    model = BiFlow(config)
     run = dict(data.info, stage="reverse", sigma=args.sigma)
     if not args.benchmark:
         run["forward"] = os.path.relpath(args.forward.resolve(), args.out.resolve())
