@@ -180,6 +180,7 @@ def train(args, device, model, run, data, loss_fn, evaluate):
             bar.write(f"stopped at step {done}; the same command goes on from there")
             break
     handle_stop_signals(signal.default_int_handler)
+    run_locks.pop(args.out, None)
     if args.benchmark and RANK == 0:
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
         print(f"{WORLD} x {device.type}: {speed:.1f} images/s, {1e3 * args.batch_size / speed:.1f} ms a step{memory}")
