@@ -121,12 +121,12 @@ def find_flow(folder, run):
     """The folder of the flow that a reverse run was learned from, also if it was renamed; None if it is not there."""
     folder = Path(folder).expanduser().resolve()
     flow = folder / run["forward"]
-    if (flow / "run.json").is_file():
-        if weights_hash(flow) != run["forward_hash"]:
-            print(f"warning: {flow.resolve()} is not the flow that {folder} was learned from: it has changed since")
-        return flow
-    siblings = [path.parent for path in folder.parent.glob("*/model.safetensors")]
-    return next((sibling for sibling in siblings if weights_hash(sibling) == run["forward_hash"]), None)
+    candidates = [flow, *(path.parent for path in folder.parent.glob("*/model.safetensors"))]
+    runs = [path for path in candidates if (path / "model.safetensors").is_file()]
+    found = next((path for path in runs if weights_hash(path) == run["forward_hash"]), None)
+    if flow in runs and found != flow:
+        print(f"warning: {flow.resolve()} is not the flow that {folder} was learned from; taking {found or flow}")
+    return found or (flow if flow in runs else None)
 
 
 def load_vae(name, device, mean=0.0, std=1.0, bf16=False):

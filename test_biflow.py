@@ -1647,8 +1647,9 @@ def test_sample_finds_a_flow_that_was_renamed_and_warns_of_one_that_changed(runs
     load_sampler(runs / "reverse-toy")
     assert "warning" not in capsys.readouterr().out
     run(train_forward, f"{TINY} --fresh --seed 5 --out {runs / 'forward-toy'}")
-    load_sampler(runs / "reverse-toy")
+    retrained = load_sampler(runs / "reverse-toy")
     assert "forward-toy is not the flow" in capsys.readouterr().out
+    assert torch.equal(retrained("exact", z, y), sampler("exact", z, y))  # --fresh left the right one beside it
 
 
 @pytest.fixture

@@ -104,7 +104,18 @@ def main(argv=None):
 # The training loop
 
 
-def train(args, device, model, run, data, loss_fn, evaluate):
+def train(args, *others):
+    """train_loop, after which the signal handlers are as before and the run folder is free, however it ends."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        train_loop(args, *others)
+    finally:
+        run_locks.pop(args.out, None)
+        for number, handler in before.items():
+            handle_stop_signals(handler, [number])
+
+
+def train_loop(args, device, model, run, data, loss_fn, evaluate):
     """Train `model`, keep an average of its weights, and write both to the run folder.
 
     loss_fn(net, batch) -> (mean loss, {name: (n,) values to log});  evaluate(ema) -> ({name: float}, {label: images})
@@ -179,8 +190,6 @@ def train(args, device, model, run, data, loss_fn, evaluate):
         if stopping:
             bar.write(f"stopped at step {done}; the same command goes on from there")
             break
-    handle_stop_signals(signal.default_int_handler)
-    run_locks.pop(args.out, None)
     if args.benchmark and RANK == 0:
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
         print(f"{WORLD} x {device.type}: {speed:.1f} images/s, {1e3 * args.batch_size / speed:.1f} ms a step{memory}")
@@ -216,10 +225,12 @@ def update(parts, step, skip, args):
     torch._foreach_lerp_(list(parts["ema"].parameters()), list(parts["model"].parameters()), 1 - decay)
 
 
-def handle_stop_signals(handler):
-    """For Ctrl-C, and for SIGTERM, which schedulers send."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what schedulers send
+
+
+def handle_stop_signals(handler, numbers=STOP_SIGNALS):
     if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             signal.signal(number, handler)
 
 
