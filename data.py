@@ -173,8 +173,10 @@ def list_images(root):
         fail(
             f"{root} holds the splits {', '.join(classes)}, not classes; give one of them, such as {root / classes[0]}"
         )
-    labels = [classes.index(p.relative_to(root).parts[0]) for p in files] if len(classes) > 1 else [-1] * len(files)
-    return files, labels, classes if len(classes) > 1 else []
+    if len(classes) < 2:
+        return files, [-1] * len(files), []
+    label = {name: i for i, name in enumerate(classes)}
+    return files, [label[p.relative_to(root).parts[0]] for p in files], classes
 
 
 class Photos(torch.utils.data.Dataset):
@@ -326,19 +328,21 @@ class Batches(torch.utils.data.Dataset):
         for slot in np.array_split(np.arange(self.batch_size), self.world)[self.rank]:
             epoch, place = divmod(step * self.batch_size + int(slot), len(self.data.fit))
             rng = np.random.default_rng((self.seed, TRAIN, step, int(slot)))
-            samples.append(draw(self.data, array, self.order(epoch)[place], rng, self.data.augment))
-        return collate(samples)
+            samples.append(draw(self.data, array, self.order(epoch)[place], rng, self.data.augment == "mirror"))
+        samples, moves = zip(*samples)
+        batch = collate(samples)
+        if self.data.augment == "jitter":
+            batch = batch._replace(x=jitter(torch.from_numpy(batch.x), torch.from_numpy(np.stack(moves))).numpy())
+        return batch
 
 
-def draw(data, array, i, rng, augment="none"):
-    """Sample i of the data with its random numbers."""
+def draw(data, array, i, rng, mirrors=False):
+    """Sample i of the data with its random numbers, and those that would jitter it. `mirrors`: half are mirrored."""
     u = rng.random(14, np.float32)
     mirror, drop, guidance, crop, moved = u[0], u[1], u[2:4], u[4:8], u[8:]
     eps = rng.standard_normal(array.shape[-3:], np.float32)
-    x = data.prepare(array[i], augment == "mirror" and mirror < 0.5, rng)
-    if augment == "jitter":
-        x = jitter(torch.from_numpy(x)[None], torch.from_numpy(moved)[None])[0].numpy()
-    return Batch(x, eps, data.labels[i], drop, guidance, crop)
+    x = data.prepare(array[i], mirrors and mirror < 0.5, rng)
+    return Batch(x, eps, data.labels[i], drop, guidance, crop), moved
 
 
 def jitter(x, u):
@@ -366,7 +370,7 @@ def validation_batches(data, device, batch_size=256):
     array = data.array
     for k in range(0, len(keys), batch_size):
         part = keys[k : k + batch_size]
-        samples = [draw(data, array, i, np.random.default_rng((repeat, EVAL, i))) for repeat, i in part]
+        samples = [draw(data, array, i, np.random.default_rng((repeat, EVAL, i)))[0] for repeat, i in part]
         yield to_device(collate(samples), device)
 
 
@@ -375,7 +379,8 @@ def held_out(data, n=20):
     of_class = [data.test[data.labels[data.test] == k] for k in range(len(data.info["classes"]))] or [data.test]
     of_class = [members for members in of_class if len(members)]
     chosen = [of_class[k % len(of_class)][k // len(of_class) % len(of_class[k % len(of_class)])] for k in range(n)]
-    x = np.stack([data.prepare(data.array[i], False, np.random.default_rng(int(i))) for i in chosen])
+    array = data.array
+    x = np.stack([data.prepare(array[i], False, np.random.default_rng(int(i))) for i in chosen])
     return {"x": torch.from_numpy(x), "y": torch.from_numpy(data.labels[chosen])}
 
 
@@ -404,7 +409,7 @@ def load_classifier(data, args):
         for step in tqdm(range(1000), desc="perceptual network"):
             batch = to_device(batches[step], torch.device("cpu"))
             x = random_resized_crop(batch.x, batch.crop, side)
-            nn.functional.cross_entropy(net(x), batch.y).backward()
+            nnf.cross_entropy(net(x), batch.y).backward()
             optimizer.step()
             optimizer.zero_grad()
         torch.save(net.state_dict(), path)

@@ -96,9 +96,12 @@ class Judge:
         self.data = load_digits() if name == "digits" else load_torchvision(name, folder)
         images = self.data.array
         pixels = to_uint8(torch.from_numpy(images)).numpy() if images.dtype != np.uint8 else images
-        self.pixels = pixels.reshape(len(pixels), -1)
-        self.fit, self.test = self.pixels[self.data.fit] / 255, self.pixels[self.data.test] / 255
+        pixels = pixels.reshape(len(pixels), -1)
+        self.fit, self.test = pixels[self.data.fit] / 255, pixels[self.data.test] / 255
         self.weights = self.load_classifier(folder / f"judge-{name}.npz")
+        self.test_features = self.features(self.test)[0]
+        self.test_moments = moments(self.test_features)
+        self.test_moments_px = moments(self.test)
 
     def load_classifier(self, path):
         """The weights of scikit-learn's MLP, fitted once. Of a large set it sees every second training image; the other
@@ -124,11 +127,11 @@ class Judge:
 
     def metrics(self, x, labels):
         """All metrics of images (n, d) in [0, 1] that were drawn for labels (n,)."""
-        (fake, logits), (real, _) = self.features(x), self.features(self.test)
+        (fake, logits), real = self.features(x), self.test_features
         few = torch.from_numpy(x[:1000]).float()
         return {
-            "FD": frechet_distance(*moments(fake), *moments(real)),
-            "FD px": frechet_distance(*moments(x), *moments(self.test)),
+            "FD": frechet_distance(*moments(fake), *self.test_moments),
+            "FD px": frechet_distance(*moments(x), *self.test_moments_px),
             "IS": inception_score(logits, splits=1),
             "accuracy": (logits.argmax(1) == labels).mean(),
             **precision_recall_coverage(real, fake[: len(real)]),  # as many samples as there are real images
@@ -137,10 +140,8 @@ class Judge:
 
     def real_rows(self):
         """The test images against themselves, and training images against them: the floor."""
-        labels, chosen = (
-            self.data.labels,
-            np.random.default_rng(0).permutation(len(self.fit))[: max(1000, len(self.test))],
-        )
+        labels = self.data.labels
+        chosen = np.random.default_rng(0).permutation(len(self.fit))[: max(1000, len(self.test))]
         test = self.metrics(self.test, labels[self.data.test])
         floor = self.metrics(self.fit[chosen], labels[self.data.fit][chosen])
         return {"real: test": [test], "real: training": [floor | dict(nearest=np.nan)]}  # the second is the floor
@@ -149,9 +150,8 @@ class Judge:
         """The metrics of independent sets of samples; the same z and labels for every method."""
         y = labels_in_turn(range(args.n), range(sampler.config.num_classes))
         for seed in range(args.seed, args.seed + args.draws):
-            parts = (range(i, min(i + args.batch, args.n)) for i in range(0, args.n, args.batch))
-            images = [to_uint8(sampler.images(method, part, y[part.start : part.stop], w, seed)) for part in parts]
-            yield self.metrics(torch.cat(images).flatten(1).numpy() / 255, y.numpy())
+            images = sampler.draw(method, y, w, seed, args.batch)
+            yield self.metrics(images.flatten(1).numpy() / 255, y.numpy())
 
 
 def moments(x):
@@ -278,13 +278,13 @@ def reference_statistics(path, size, inception, args, device):
 def score_images(sources, size, args, device):
     """{name: batches} -> a line each, with all that its metrics depend on."""
     inception = load_inception(args.inception_weights, device)
+    real = reference_statistics(args.reference, size, inception, args, device) if args.reference else {}
     for name, batches in sources.items():
         fake = image_statistics(batches, inception, device)
         if args.save_stats and RANK == 0:
             np.savez(args.save_stats, mu=fake["mu"], sigma=fake["sigma"], img_size=size)
         metrics = {}
-        if args.reference:
-            real = reference_statistics(args.reference, size, inception, args, device)
+        if real:
             metrics["FID"] = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
             if "features" in real and min(len(real["features"]), len(fake["features"])) > 3:
                 metrics |= precision_recall_coverage(real["features"], fake["features"])

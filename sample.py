@@ -290,6 +290,11 @@ class Sampler:
         z = sample_noise(seed, indices, self.config).to(self.device)
         return self.decode(self(method, z, y.to(self.device), w))
 
+    def draw(self, method, labels, w, seed, batch):
+        """As many uint8 images as labels (n,), so many at a time."""
+        parts = torch.arange(len(labels)).split(batch)
+        return torch.cat([to_uint8(self.images(method, part, labels[part], w, seed)) for part in parts])
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Edits: no training, since data and noise are paired
@@ -412,12 +417,7 @@ def samples(sampler, held_out, args):
     shown = torch.isin(held_out["y"].cpu(), labels) | (labels < 0).all()
     rows = {"real": sampler.decode(held_out["x"][shown])} if shown.any() else {}
     for method, w in draws:
-        images = []
-        for first in range(0, args.n, args.batch):
-            part = range(first, min(first + args.batch, args.n))
-            y = labels[part.start : part.stop]
-            images.append(to_uint8(sampler.images(method, part, y, w, args.seed)))
-        images = torch.cat(images)
+        images = sampler.draw(method, labels, w, args.seed, args.batch)
         name = f"{method} w={w:g}" if w else method
         rows[name] = images[:20] / 127.5 - 1
     if args.npz:

@@ -806,7 +806,6 @@ def test_saving_refuses_damaged_files_and_another_kind_of_model(saved):
 FOLDER = Path(biflow.__file__).parent
 SCRIPTS = {"train_forward": train_forward, "train_reverse": train_reverse, "sample": sample, "fid": fid}
 TINY = "--steps 4 --batch-size 4 --save-every 2 --log-every 1"
-NAMES = ("mirror", "drop", "guidance", "crop")
 
 
 class Killed(BaseException):

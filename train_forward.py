@@ -86,18 +86,22 @@ def main(argv=None):
     if args.sigma is None:
         args.sigma = 0.3 if data.info["vae"] else 0.1
     channels, side, _ = data.array.shape[-3:]
-    shape = dict(channels=channels, img_size=side, num_classes=len(data.info["classes"]))
-    try:
-        shape["patch_size"] = patch_size_for(side, args)
-        config = dataclasses.replace(SIZES[args.size], **shape, clip=args.clip)
-    except ValueError as error:
-        fail(error)
+    shape = dict(channels=channels, img_size=side, patch_size=patch_size_for(side, args))
+    config = config_of(args.size, **shape, num_classes=len(data.info["classes"]), clip=args.clip)
     torch.manual_seed(args.seed)
     model = TARFlow(config)
     run = dict(data.info, stage="forward", sigma=args.sigma)
     decode = load_decoder(run, device, args.bf16)
     loss = functools.partial(forward_loss, args=args)
     train(args, device, model, run, data, loss, lambda ema: evaluate(ema, data, decode, device, args))
+
+
+def config_of(size, **fields):
+    """A size's Config, fitted to the data and the flags."""
+    try:
+        return dataclasses.replace(SIZES[size], **fields)
+    except ValueError as error:
+        fail(error)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,7 +381,11 @@ def save_checkpoint(args, run, parts, step, skipped):
 
 
 def save_model(args, run, ema, step):
-    ema.save_pretrained(args.out)
+    aside = args.out / "saving"
+    ema.save_pretrained(aside)
+    for file in aside.iterdir():
+        os.replace(file, args.out / file.name)
+    aside.rmdir()
     write_aside(args.out / "run.json", json.dumps(run | dict(step=step), indent=2).encode())
 
 

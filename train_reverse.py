@@ -5,7 +5,6 @@ torchrun --nproc-per-node 8 train_reverse.py --size B        # data, VAE and sig
 """
 
 import argparse
-import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -25,7 +24,7 @@ from biflow import (
 from data import load_classifier, load_data_of, validation_batches
 from sample import fail, load_decoder, load_run, run_script, sample_noise, setup, weights_hash
 from train_forward import PRESETS as FORWARD_PRESETS
-from train_forward import parse_args, shared_flags, train
+from train_forward import config_of, parse_args, shared_flags, train
 
 # As in stage 1, but for these; data, VAE and sigma come from the forward run.
 PRESETS = {size: preset | dict(data=None, vae=None) for size, preset in FORWARD_PRESETS.items()}
@@ -142,11 +141,7 @@ def main(argv=None):
     freeze(flow, device, args.bf16, args.compile)
     same = ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")
     fields = {name: getattr(flow.config, name) for name in same}
-    own = dict(strategy=args.strategy, denoise=args.denoise, w_max=args.w_max)
-    try:
-        config = dataclasses.replace(SIZES[args.size], **fields, **own)
-    except ValueError as error:
-        fail(error)
+    config = config_of(args.size, **fields, strategy=args.strategy, denoise=args.denoise, w_max=args.w_max)
     torch.manual_seed(args.seed)
     model = BiFlow(config)
     run = dict(data.info, stage="reverse", sigma=args.sigma)
