@@ -443,8 +443,7 @@ class ReverseBlock(nn.Module):
     """G_i(h | class, w): hidden tokens (N, T, width), y (N,), w (N,) -> hidden tokens (N, T, width).
 
     Class and guidance scale enter as context tokens, from a table and an MLP in each block. They are dropped at the
-    end, so that a block is a function of (h, class, w) and of nothing else [ours]. Each block has its own position
-    embedding besides RoPE, because the map that it inverts differs from position to position [ours].
+    end, so that a block is a function of (h, class, w) and of nothing else [ours].
     """
 
     def __init__(self, config: Config):
@@ -454,7 +453,6 @@ class ReverseBlock(nn.Module):
         self.class_embed = nn.Embedding(1 + config.num_classes, width)  # the first row is "no class"
         self.guidance_embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
         self.slot_embed = nn.Parameter(torch.randn(sum(self.copies), width))  # tells the context tokens apart
-        self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, width))
         self.layers = nn.ModuleList(ReverseLayer(width, config.head_dim) for _ in range(config.layers))
         rope = rope_table(sum(self.copies), math.isqrt(config.tokens), config.head_dim)
         self.register_buffer("rope", rope, persistent=False)
@@ -468,7 +466,7 @@ class ReverseBlock(nn.Module):
         return torch.cat([class_tokens, guidance_tokens], dim=1) + self.slot_embed
 
     def forward(self, h, y, w):
-        h = torch.cat([self.context(y, w), h + self.pos_embed], dim=1)
+        h = torch.cat([self.context(y, w), h], dim=1)
         for layer in self.layers:
             h = layer(h, self.rope)
         return h[:, sum(self.copies) :]
@@ -492,6 +490,7 @@ class BiFlow(HubModel):
         B, D, width = config.blocks, config.dim, config.width
         learned = config.denoise == "learned"
         self.proj_in = nn.Linear(D, width)
+        self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, width))
         self.blocks = nn.ModuleList(ReverseBlock(config) for _ in range(B + learned))
         # One head for each state between z and x'; heads[j] reads block j. Naive distillation has none.
         supervised = 0 if config.strategy == "naive" else B if learned else B - 1
@@ -528,7 +527,7 @@ class BiFlow(HubModel):
         """
         y, w = self.conditions(z, y, w)
         none, zero, w_i = no_class(z), torch.zeros_like(w), w.view(-1, 1, 1)
-        h, predictions = self.proj_in(z), {}
+        h, predictions = self.proj_in(z) + self.pos_embed, {}
         for j, block in enumerate(self.blocks):
             out = block(h, y, w)
             if self.config.w_max and j < self.config.blocks:
@@ -548,7 +547,7 @@ class BiFlow(HubModel):
         away from: it is no unconditional sampler, since its z always came from F with a class.
         """
         y, w = self.conditions(z, y, w)
-        h = self.proj_in(z)
+        h = self.proj_in(z) + self.pos_embed
         for j, block in enumerate(self.blocks):
             h = block(h, y, w)
             if self.config.strategy == "hidden":
@@ -560,7 +559,7 @@ class BiFlow(HubModel):
         """2-NFE guidance at sampling: h <- (1 + w) G_i(h | class) - w G_i(h | none), in the aligned blocks."""
         y, w = self.conditions(z, y, w)
         none, zero, w_i = no_class(z), torch.zeros_like(w), w.view(-1, 1, 1)
-        h = self.proj_in(z)
+        h = self.proj_in(z) + self.pos_embed
         for j, block in enumerate(self.blocks):
             out = block(h, y, zero)
             if j < self.config.blocks:

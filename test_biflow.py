@@ -419,15 +419,16 @@ def test_reverse_block_rope_depends_on_relative_position_only():
 
 
 def test_reverse_block_sees_every_position_and_tells_equal_ones_apart():
-    # Oracle: the autograd Jacobian. Then equal tokens without RoPE, which come out equal once pos_embed is gone too.
+    # Oracle: the autograd Jacobian. Equal tokens come out equal only without RoPE and without G's position embedding.
     block, y, w = make(ReverseBlock), torch.tensor([0]), torch.zeros(1)
     J = jacobian(lambda h: block(h, y, w), torch.randn(1, T, 16)).abs().sum((0, 2, 3, 5))
     assert J.shape == (T, T) and (J > 0).all()
-    block.rope = torch.stack([torch.ones(T + 3, 4), torch.zeros(T + 3, 4)])
-    h = torch.randn(1, 1, 16).expand(1, T, 16)
-    assert torch.pdist(block(h, y, w)[0]).min() > 1e-3
-    nn.init.zeros_(block.pos_embed)
-    assert torch.pdist(block(h, y, w)[0]).max() < 1e-5
+    model, z = make(BiFlow), torch.randn(1, 1, D).expand(1, T, D)
+    for block in model.blocks:
+        block.rope = torch.stack([torch.ones(T + 3, 4), torch.zeros(T + 3, 4)])
+    assert torch.pdist(patchify(model.sample(z, y), 2)[0]).min() > 1e-3
+    nn.init.zeros_(model.pos_embed)
+    assert torch.pdist(patchify(model.sample(z, y), 2)[0]).max() < 1e-5
 
 
 @torch.no_grad()
