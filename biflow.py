@@ -17,6 +17,7 @@ long, -1 for "no class". A comment "[ours]" marks a choice that the paper leaves
 import dataclasses
 import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,8 +77,8 @@ class Config:
 
 # toy and S are ours. The latents of ImageNet at 256 x 256 have the default shape: 256 tokens of 16 numbers.
 SIZES = {
-    "toy": Config(8, 1, 2, 10, width=64, blocks=4, layers=2, head_dim=32, class_tokens=1, guidance_tokens=1),
-    "S": Config(28, 1, 4, 10, width=128, blocks=4, layers=2, class_tokens=1, guidance_tokens=1),
+    "toy": Config(8, 1, 2, 10, width=64, blocks=4, layers=2, head_dim=32, clip=3.0, class_tokens=1, guidance_tokens=1),
+    "S": Config(28, 1, 4, 10, width=128, blocks=4, layers=2, clip=3.0, class_tokens=1, guidance_tokens=1),
     "B": Config(width=384, blocks=8, layers=8),
     "L": Config(width=640, blocks=8, layers=8),  # [ours]
     "XL": Config(width=768, blocks=8, layers=12),
@@ -179,25 +180,15 @@ class CausalAttention(nn.Module):
         return self.proj(a.transpose(1, 2).reshape(N, T, width))
 
 
-class MLP(nn.Module):
-    """Pre-norm GELU MLP of ratio 4."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.main = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, h):
-        return self.main(self.norm(h))
-
-
 class CausalLayer(nn.Module):
-    """One Transformer layer of the flow. The residual stream stays in float32 under autocast."""
+    """One Transformer layer of the flow: attention, and a pre-norm GELU MLP of ratio 4. The residual stream stays in
+    float32 under autocast."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
         self.attention = CausalAttention(width, head_dim)
-        self.mlp = MLP(width)
+        mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(norm=nn.LayerNorm(width), main=mlp))
 
     def forward(self, h, cache=None, t=None):
         h = h + self.attention(h, cache, t)
@@ -724,8 +715,7 @@ class VAE:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1]. Differentiable."""
-        with torch.autocast(
-            latents.device.type, enabled=False
-        ):  # CUDA's would keep group_norm's activations in float32
+        # CUDA's autocast would keep group_norm's activations in float32:
+        with torch.autocast(latents.device.type, enabled=False):
             latents = latents * self.std + self.mean
             return self.net.decode(latents.to(self.net.dtype)).sample.float()

@@ -76,9 +76,8 @@ def precision_recall_coverage(real, fake, k=3):
     """
     real, fake = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
     distances = torch.cdist(real, fake)  # (n, m)
-    real_radii = torch.cdist(real, real).kthvalue(k + 1, dim=1).values[:, None]
-    fake_radii = torch.cdist(fake, fake).kthvalue(k + 1, dim=1).values
-    in_real_balls = distances <= real_radii
+    real_radii, fake_radii = (torch.cdist(x, x).topk(k + 1, largest=False).values[:, -1] for x in (real, fake))
+    in_real_balls = distances <= real_radii[:, None]
     shares = dict(
         precision=in_real_balls.any(0), recall=(distances <= fake_radii).any(1), coverage=in_real_balls.any(1)
     )

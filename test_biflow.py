@@ -16,6 +16,7 @@ if "BIFLOW_TEST_CUDA" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -2108,6 +2110,41 @@ def test_commands_import_biflow_pulls_in_little():
     code = f"import sys; import biflow; biflow.BiFlow(biflow.SIZES['toy']); print(*set(sys.modules) & set({heavy}))"
     done = subprocess.run([sys.executable, "-c", code], check=True, cwd=FOLDER, capture_output=True, text=True)
     assert not done.stdout.strip()
+
+
+def without_body(source, name):
+    """Python source in which the body of a function, such as FlowBlock.forward, is gone; its docstring stays."""
+    lines, nodes = source.splitlines(), ast.parse(source).body
+    for part in name.split("."):
+        node = next(node for node in nodes if getattr(node, "name", None) == part)
+        nodes = node.body
+    first = node.body[1] if ast.get_docstring(node) else node.body[0]
+    lines[first.lineno - 1 : node.end_lineno] = [" " * first.col_offset + "raise NotImplementedError"]
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_commands_exercises_grade_themselves(tmp_path):
+    # The README's table: without the body of its function, each group fails. That they pass with it, this run shows.
+    table = (FOLDER / "README.md").read_text().partition("## Exercises")[2]
+    exercises = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|", table, re.MULTILINE))
+    groups = re.search(r"The method: (.*?), precision", sys.modules[__name__].__doc__, re.DOTALL)[1]
+    assert list(exercises) == re.split(r",\s+", groups)
+
+    def grade(exercise):
+        prefix, name = exercise
+        folder = tmp_path / prefix
+        folder.mkdir()
+        for path in [*FOLDER.glob("*.py"), FOLDER / "README.md", FOLDER / ".pytest.ini"]:
+            shutil.copy(path, folder)
+        (folder / "biflow.py").write_text(without_body((FOLDER / "biflow.py").read_text(), name))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", prefix, "test_biflow.py"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for prefix, done in zip(exercises, pool.map(grade, exercises.items())):
+            assert done.returncode == 1 and " failed" in done.stdout, f"{prefix}: {done.stdout[-2000:]}"
 
 
 @pytest.mark.slow

@@ -78,7 +78,8 @@ def evaluate(flow, data, decode, device, args):
 
 def main(argv=None):
     parser = shared_flags("Stage 1 of BiFlow: train the flow F (TARFlow) by maximum likelihood.")
-    parser.add_argument("--clip", type=float_or_none, default=3.0, help="bound c on (alpha, mu), or none (%(default)s)")
+    clip_help = "bound c on (alpha, mu), or none (3; 1 from size B up)"
+    parser.add_argument("--clip", type=float_or_none, default=argparse.SUPPRESS, help=clip_help)
     args = parse_args(parser, PRESETS, argv)
     args.out = args.out or Path(f"runs/forward-{args.size}")
     device = setup(args)
@@ -87,7 +88,9 @@ def main(argv=None):
         args.sigma = 0.3 if data.info["vae"] else 0.1
     channels, side, _ = data.array.shape[-3:]
     shape = dict(channels=channels, img_size=side, patch_size=patch_size_for(side, args))
-    config = config_of(args.size, **shape, num_classes=len(data.info["classes"]), clip=args.clip)
+    clip = dict(clip=args.clip) if "clip" in args else {}
+    config = config_of(args.size, **shape, num_classes=len(data.info["classes"]), **clip)
+    args.clip = config.clip
     torch.manual_seed(args.seed)
     model = TARFlow(config)
     run = dict(data.info, stage="forward", sigma=args.sigma)
