@@ -156,7 +156,11 @@ def list_images(root):
 
     Hidden files and folders are skipped, links are followed, and what else is not read is counted in a line.
     """
-    paths = [Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names]
+    paths = []
+    for folder, folders, names in os.walk(root, followlinks=True):
+        paths += [Path(folder, name) for name in names]
+        real = Path(folder).resolve()
+        folders[:] = [name for name in folders if not real.is_relative_to(Path(folder, name).resolve())]  # no loops
     paths = sorted(
         p for p in paths if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(root).parts)
     )
@@ -197,7 +201,7 @@ class Photos(torch.utils.data.Dataset):
 
 def load_folder(args, device):
     """A cache, or a folder of images whose cache lies, or is now made, beside the runs. 5 % are for validation."""
-    if args.data is None or not Path(args.data).expanduser().is_dir():
+    if not args.data or not Path(args.data).expanduser().is_dir():
         fail(f"--data {args.data} is not a folder; give a folder of images or class folders, a cache, or {DATA_SETS}")
     cache = Path(args.data).expanduser().resolve()
     if not (cache / "manifest.json").exists():

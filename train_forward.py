@@ -256,6 +256,11 @@ MODEL_FLAGS = (
 )  # fmt: skip
 SCHEDULE_FLAGS = ("steps", "lr", "warmup", "schedule")
 
+LEAST = dict(
+    steps=1, batch_size=WORLD, micro_batch=1, img_size=1, patch_size=1, log_every=1, save_every=1, num_workers=0,
+    warmup=0, lr=0, weight_decay=0, ema=0, label_drop=0, sigma=0,
+)  # fmt: skip
+
 
 def shared_flags(description):
     parser = argparse.ArgumentParser(description=description)
@@ -294,8 +299,10 @@ def parse_args(parser, presets, argv):
     only_size.add_argument("--size", choices=SIZES, default="toy")
     parser.set_defaults(**presets[only_size.parse_known_args(argv)[0].size])
     args = parser.parse_args(argv)
-    if min(args.steps, args.batch_size // WORLD, args.micro_batch or 1, args.img_size or 1, args.patch_size or 1) < 1:
-        fail(f"steps, sizes and batches must be at least 1, and --batch-size at least the number of processes, {WORLD}")
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            fail(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if args.compile is None and args.size in ("toy", "S"):
         args.compile = False  # it would take longer than the training
     if args.benchmark:
