@@ -29,7 +29,7 @@ from train_forward import config_of, parse_args, shared_flags, train
 # As in stage 1, but for these; data, VAE and sigma come from the forward run.
 PRESETS = {size: preset | dict(data=None, vae=None) for size, preset in FORWARD_PRESETS.items()}
 PRESETS["toy"].update(lr=1.2e-2, lpips=0.0, convnext=0.0)
-PRESETS["S"].update(lr=4e-3, lpips=0.0, convnext=0.0)
+PRESETS["S"].update(steps=2000, lr=4e-3, lpips=0.0, convnext=0.0)
 for size in ("B", "L", "XL"):
     PRESETS[size].update(steps=200_000, lpips=0.4, convnext=0.1)  # 160 epochs, as in the paper's ablations
 
