@@ -1298,6 +1298,25 @@ def test_train_reverse_warns_of_an_unfinished_flow_and_refuses_to_go_on_with_ano
     assert "flow: " in refusal(capsys, train_reverse, command)
 
 
+@pytest.mark.parametrize("num_classes", [0, 2])
+def test_train_the_inverse_of_a_published_flow_by_the_readme(num_classes, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = TARFlow(Config(64, 3, 16, num_classes, width=64, blocks=2, layers=1, clip=None))
+    for block in published.blocks:
+        nn.init.normal_(block.proj_out.weight, std=0.01)
+    torch.save(published.state_dict() | {"var": torch.ones(16, 768)}, "imagenet64.pth")
+    text = (FOLDER / "README.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from_tarflow" in block]
+    exec(code.replace("IMAGENET/train", str(photos)))
+    run(train_reverse, "--size S --forward runs/tarflow --out runs/G --steps 2 --batch-size 2")
+    run(sample, "runs/G --n 2")
+    assert (tmp_path / "runs/G/samples.png").exists()
+    sampler, z = load_sampler("runs/G"), torch.randn(2, 16, 768)
+    y = torch.tensor([0, 1])
+    close(sampler("exact", z, y), published.inverse(z, y), 1e-6)
+    assert torch.equal(sampler("biflow", z, y), sampler("biflow", z, 1 - y)) == (num_classes == 0)
+
+
 # ---- data ------------------------------------------------------------------------------------------------------------
 def write_idx(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -133,11 +133,12 @@ def main(argv=None):
         args.lpips = args.convnext = 0.0  # there are no images to compare
     else:
         flow, forward_run = load_run(args.forward, "forward")
-        if forward_run["step"] < forward_run["args"].get("steps", 0):
-            print(
-                f"warning: {args.forward} is not finished: step {forward_run['step']} of {forward_run['args']['steps']}"
-            )
+        step, steps = forward_run["step"], forward_run["args"].get("steps", 0)
+        if step < steps:
+            print(f"warning: {args.forward} is not finished: step {step} of {steps}")
     data = load_data_of(forward_run, args, device)
+    if flow.config.num_classes not in (0, len(data.info["classes"])):  # an unconditional flow's G ignores the labels
+        fail(f"the data have {len(data.info['classes'])} classes, the flow {flow.config.num_classes}")
     freeze(flow, device, args.bf16, args.compile)
     same = ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")
     fields = {name: getattr(flow.config, name) for name in same}
