@@ -121,6 +121,7 @@ def load_torchvision(name, root):
         barrier()  # the first process downloads
     try:
         parts = [getattr(datasets, TORCHVISION[name])(root, train=train, download=True) for train in (True, False)]
+        assert all(len(part.data) == len(part.targets) for part in parts), "images and labels differ in number"
     except Exception as error:  # no network, a damaged file
         fail(f"cannot load {name} ({error}); put the files of torchvision's {TORCHVISION[name]} into {root}")
     if RANK == 0:

@@ -258,7 +258,7 @@ SCHEDULE_FLAGS = ("steps", "lr", "warmup", "schedule")
 
 LEAST = dict(
     steps=1, batch_size=WORLD, micro_batch=1, img_size=1, patch_size=1, log_every=1, save_every=1, num_workers=0,
-    warmup=0, lr=0, weight_decay=0, ema=0, label_drop=0, sigma=0,
+    warmup=0, lr=0, weight_decay=0, ema=0, label_drop=0, sigma=0, seed=0,
 )  # fmt: skip
 
 
@@ -387,7 +387,7 @@ def save_checkpoint(args, run, parts, step, skipped):
         os.replace(out / "checkpoint.next.pt", out / names[0])
         save_model(args, run, parts["ema"], step)
     except (OSError, RuntimeError) as error:  # a full disk is the one or the other, as torch's writer sees it
-        fail(f"cannot save step {step} to {out} ({error}); the checkpoint before it is whole: make room, start again")
+        fail(f"cannot save step {step} to {out}; is the disk full? The checkpoint before it is whole ({error})")
 
 
 def save_model(args, run, ema, step):
