@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as nnf
 from PIL import Image, ImageDraw, ImageOps
-from torch.utils._triton import has_triton
 from tqdm import tqdm
 
 from biflow import VAE, BiFlow, TARFlow, autocast, freeze, rms_normalize, unpatchify
@@ -51,7 +50,13 @@ def setup(args):
     if args.bf16 is None:
         args.bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if args.compile is None:
-        args.compile = kind == "cuda" and has_triton()
+        args.compile = kind == "cuda"
+    if args.compile:
+        try:
+            torch.compile(torch.square)(torch.ones(1, device=device))
+        except Exception as error:  # no C++ compiler, no Triton
+            print(f"going on as with --no-compile: torch.compile fails here ({str(error).strip().splitlines()[0]})")
+            args.compile = False
     return device
 
 
@@ -70,6 +75,7 @@ def run_script(main):
     """Run a script: what a user can mend ends it with one line. A process group left open could abort Python's exit."""
     try:
         main()
+        sys.stdout.flush()
         if dist.is_initialized():
             barrier()
             dist.destroy_process_group()
@@ -77,6 +83,9 @@ def run_script(main):
         fail("stopped by Ctrl-C")
     except torch.OutOfMemoryError:
         fail("out of memory; give a smaller --micro-batch (training) or --batch (sampling)")
+    except BrokenPipeError:  # the reader of the output is gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(2) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,6 +122,14 @@ def load_flow(folder, run):
         found = found or flow
         print(f"warning: {flow} is not the flow that {folder} was learned from; taking {found}")
     return load_run(found, "forward")[0] if found else None
+
+
+def load_real(folder):
+    """The held-out images of a run: x as the models see them, labels y."""
+    try:
+        return torch.load(Path(folder) / "real.pt", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch raise many kinds
+        fail(f"cannot read {folder}/real.pt ({error}); go on with the run, and it is written anew")
 
 
 def load_vae(name, device, mean=0.0, std=1.0, bf16=False):
@@ -209,6 +226,7 @@ class Sampler:
     def load(cls, folder, device, args):
         """Of a run folder: forward or reverse."""
         model, run = load_run(folder)
+        run.setdefault("classes", [str(i) for i in range(model.config.num_classes)])  # an imported flow knows no names
         if run["stage"] == "forward":
             return cls(model, None, run, device, args)
         return cls(load_flow(folder, run), model, run, device, args)
@@ -288,8 +306,10 @@ def parse(argv):
     add("--compile", action=on_off, help="torch.compile (default: on CUDA)")
     add("--bf16", action=on_off, help="bfloat16 autocast (default: on CUDA)")
     args = parser.parse_args(argv)
-    if min(args.n, args.batch) < 1:
-        fail("--n and --batch must be at least 1")
+    if min(args.n, args.batch) < 1 or args.seed < 0:
+        fail("--n and --batch must be at least 1, --seed at least 0")
+    if (args.to or args.mask) and not args.edit:
+        fail("--to and --mask belong to --edit IMAGE")
     return args
 
 
@@ -304,8 +324,8 @@ def main(argv=None):
     if args.edit:
         rows = edit(sampler, args)
     elif args.trajectory:
-        real = torch.load(Path(args.run) / "real.pt", map_location=device, weights_only=True)
-        rows = trajectory(sampler, real["x"][:10], real["y"][:10], args.seed)
+        real = load_real(args.run)
+        rows = trajectory(sampler, real["x"][:10].to(device), real["y"][:10].to(device), args.seed)
     else:
         rows = samples(sampler, args)
     save_grid(out, rows)
@@ -326,11 +346,11 @@ def samples(sampler, args):
         sampler.check(method, w)
 
     rows = {}
-    if (Path(args.run) / "real.pt").exists():  # an imported flow has none
-        held_out = torch.load(Path(args.run) / "real.pt", weights_only=True)
-        real = held_out["x"][torch.isin(held_out["y"], labels)]
-        if len(real):
-            rows["real"] = sampler.decode(real.to(sampler.device))
+    if sampler.run["step"]:  # an imported flow has no held-out images
+        real = load_real(args.run)
+        shown = real["x"][torch.isin(real["y"], labels)]
+        if len(shown):
+            rows["real"] = sampler.decode(shown.to(sampler.device))
     for method, w in draws:
         images = sampler.draw(method, labels, w, args.seed, args.batch)
         rows[f"{method} w={w:g}" if w else method] = images[:20] / 127.5 - 1

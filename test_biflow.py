@@ -1309,6 +1309,7 @@ def test_train_the_inverse_of_a_published_flow_by_the_readme(num_classes, photos
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from_tarflow" in block]
     exec(code.replace("IMAGENET/train", str(photos)))
     run(train_reverse, "--size S --forward runs/tarflow --out runs/G --steps 2 --batch-size 2")
+    run(sample, "runs/tarflow --n 2")
     run(sample, "runs/G --n 2")
     assert (tmp_path / "runs/G/samples.png").exists()
     sampler, z = load_sampler("runs/G"), torch.randn(2, 16, 768)
