@@ -328,6 +328,8 @@ def open_run(args, run, data):
     if args.benchmark:
         return None
     if RANK == 0 and args.fresh and out.exists():
+        if not (out / "real.pt").exists() and any(out.iterdir()):
+            fail(f"{out} is no run folder; --fresh would rename it; give another --out")
         out.rename(next(p for i in range(1, 1000) if not (p := out.with_name(f"{out.name}.old-{i}")).exists()))
     barrier()
     try:
