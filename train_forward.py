@@ -340,6 +340,8 @@ def open_run(args, run, data):
             run_locks[out] = open(out / "lock", "w")
             fcntl.flock(run_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
         state = load_checkpoint(out, args.resume)
+        if state:
+            refuse_changes(args, run, state)
         if RANK == 0:
             torch.save(held_out(data), out / "real.pt")
             kept = [line for line in read_metrics(out) if state and line["step"] <= state["step"]]
@@ -348,18 +350,18 @@ def open_run(args, run, data):
         fail(f"another process is running in {out}; wait for it, or give another --out")
     except OSError as error:
         fail(f"cannot write to {out} ({error.strerror}); give another --out")
-    if state is None:
-        return None
+    return state
+
+
+def refuse_changes(args, run, state):
+    """End where the flags or the data are not those of the checkpoint; the schedule's may change."""
     now = run["args"] | dict(data=run["identity"], flow=run.get("forward_hash"))
     changed = {k: f"{k}: {v} there, {now.get(k)} now" for k, v in state["args"].items() if v != now.get(k)}
-    refused = [change for name, change in changed.items() if name not in SCHEDULE_FLAGS]
+    refused = "; ".join(change for name, change in changed.items() if name not in SCHEDULE_FLAGS)
     if refused:
-        fail(
-            f"the run was begun with other arguments ({'; '.join(refused)}); --fresh starts over, --out goes elsewhere"
-        )
+        fail(f"the run was begun with other arguments ({refused}); --fresh starts over, --out goes elsewhere")
     if RANK == 0:
-        print(f"{out}: going on from step {state['step']} of {args.steps}", *changed.values(), sep="; ")
-    return state
+        print(f"{args.out}: going on from step {state['step']} of {args.steps}", *changed.values(), sep="; ")
 
 
 def load_checkpoint(out, resume):
