@@ -15,6 +15,7 @@ long, -1 for "no class". A comment "[ours]" marks a choice that the paper leaves
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections import OrderedDict
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as nnf
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -685,6 +687,12 @@ def freeze(model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
             layer.to(torch.bfloat16)
     if compiled:
         compile_blocks(model)
+    if compiled and device.type == "cuda":
+        if isinstance(model, BiFlow):
+            model.sample = Replay(model.sample)
+        else:
+            for block in model.blocks:
+                block.step = Replay(block.step)
 
 
 def compile_blocks(model: nn.Module):
@@ -694,6 +702,42 @@ def compile_blocks(model: nn.Module):
         block.compile()
         if isinstance(block, FlowBlock):
             block.step = torch.compile(block.step)
+
+
+class Replay:
+    """A function on CUDA whose many small kernels take longer to launch than to run. Called again with inputs at the
+    same addresses, it is recorded as a CUDA graph, and then replayed. It works in place, or returns one tensor."""
+
+    def __init__(self, function):
+        self.function, self.key, self.graph, self.out = function, None, None, None
+
+    def __call__(self, *inputs):
+        place = [(x.data_ptr(), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        key = [*place, torch.is_autocast_enabled("cuda")]
+        if key != self.key or is_in_torch_dispatch_mode():  # such a mode counts operations, and sees none in a graph
+            self.key, self.graph, self.out = key, None, None
+            return self.function(*inputs)  # this compiles, and sets up libraries, which cannot be recorded
+        if self.graph is None:
+            self.graph, self.out = record(self.function, *inputs)
+        self.graph.replay()
+        return None if self.out is None else self.out.clone()  # the next replay overwrites it
+
+
+def record(function, *inputs):
+    """The CUDA graph of what function(*inputs) launches, and its result. Nothing runs before the graph is replayed."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(recording_stream()):
+        graph.capture_begin(capture_error_mode="thread_local")  # other threads, such as NCCL's, may go on
+        out = function(*inputs)
+        graph.capture_end()
+    return graph, out
+
+
+@functools.cache
+def recording_stream():
+    """One for all graphs: for each stream cuBLAS keeps a workspace."""
+    return torch.cuda.Stream()
 
 
 class VAE:

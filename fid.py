@@ -236,14 +236,14 @@ def load_inception(weights, device):
 
 
 @torch.no_grad()
-def image_statistics(batches, inception, device, keep=10_000):
+def image_statistics(batches, inception, device, keep_logits, keep=10_000):
     """Batches of uint8 images -> moments over all processes, in float64; logits and some features on the first."""
     count, total, products, logits, features = 0, 0.0, 0.0, [], []
     for images in tqdm(batches, desc="Inception", disable=RANK > 0):
         batch_features, batch_logits = (x.cpu().numpy() for x in inception(images.to(device)))
         wide = batch_features.astype(np.float64)
         count, total, products = count + len(wide), total + wide.sum(0), products + wide.T @ wide
-        logits.append(batch_logits)
+        logits += [batch_logits] * keep_logits
         features += [batch_features] * (count <= keep / WORLD)
     shares = [(count, total, products, logits, features)]
     if WORLD > 1:
@@ -254,7 +254,8 @@ def image_statistics(batches, inception, device, keep=10_000):
         fail(f"{count} images; a covariance needs two at least")
     mean = total / count
     covariance = (products - count * np.outer(mean, mean)) / (count - 1)
-    return dict(mu=mean, sigma=covariance, n=count, logits=np.concatenate(logits), features=np.concatenate(features))
+    kept = dict(features=features, logits=logits)
+    return dict(mu=mean, sigma=covariance, n=count) | {name: np.concatenate(x) for name, x in kept.items() if x}
 
 
 def reference_statistics(path, size, inception, args, device):
@@ -271,7 +272,7 @@ def reference_statistics(path, size, inception, args, device):
     source = arrays.get("arr_0", path)
     if arrays and (source is path or source.shape[1] != size):
         fail(f"{path} has neither mu and sigma nor images arr_0 of {size} x {size} pixels, the size of the others")
-    return image_statistics(image_batches(source, args), inception, device)
+    return image_statistics(image_batches(source, args), inception, device, keep_logits=False)
 
 
 def score_images(sources, size, args, device):
@@ -279,7 +280,7 @@ def score_images(sources, size, args, device):
     inception = load_inception(args.inception_weights, device)
     real = reference_statistics(args.reference, size, inception, args, device) if args.reference else {}
     for name, batches in sources.items():
-        fake = image_statistics(batches, inception, device)
+        fake = image_statistics(batches, inception, device, keep_logits=not args.save_stats)  # ImageNet's take 5 GB
         if args.save_stats and RANK == 0:
             np.savez(args.save_stats, mu=fake["mu"], sigma=fake["sigma"], img_size=size)
         metrics = {}
@@ -287,7 +288,8 @@ def score_images(sources, size, args, device):
             metrics["FID"] = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
             if "features" in real and min(len(real["features"]), len(fake["features"])) > 3:
                 metrics |= precision_recall_coverage(real["features"], fake["features"])
-        metrics["IS"] = inception_score(fake["logits"])
+        if "logits" in fake:
+            metrics["IS"] = inception_score(fake["logits"])
         if RANK == 0:
             shown = ", ".join(f"{metric} {value:.3f}" for metric, value in metrics.items())
             print(

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,8 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.autograd.functional import jacobian
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import biflow
 import data
@@ -604,6 +607,130 @@ def test_precision_of_frozen_networks(bf16, compiled):
     assert flow.blocks[0].proj_out.weight.dtype == torch.float32
     assert [flow.state_dict().keys(), model.state_dict().keys()] == names
     close(all_outputs(flow, model, bf16), expected, 1e-4 if compiled else 0)
+
+
+class Trace(TorchDispatchMode):
+    """Counts the bytes that live on after each operation, and lists those that would wait for a GPU, since they read a
+    value, make a shape of one, or copy between devices."""
+
+    WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.known, self.waits, self.count = 0, set(), [], 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        given, made = ([x for x in tree_leaves(v) if isinstance(x, torch.Tensor)] for v in ((args, kwargs), out))
+        name = op.overloadpacket.__name__
+        by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in given)
+        if name in self.WAITS or by_mask or len({x.device for x in given + made}) > 1:
+            self.waits.append(name)
+        for storage in (x.untyped_storage() for x in made):
+            if storage._cdata not in self.known:
+                self.known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.count += 1
+        return out
+
+    def free(self, key, size):
+        self.known.remove(key)
+        self.live -= size
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA device that need not exist: its tensors have shapes but no numbers, and autocast follows its rules."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *args, **kwargs: True)
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda q, k, v, is_causal=False: flash(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0, is_causal)[0],
+    )  # fmt: skip
+    with FakeTensorMode(), torch.device("cuda:0") as device:
+        yield device
+
+
+def stage(cls, config, n, bf16):
+    """A network with its stage's loss of a random batch, as a function; perceptual terms by small networks."""
+    x = torch.randn(n, config.channels, config.img_size, config.img_size)
+    batch = data.Batch(x, torch.randn_like(x), torch.zeros(n).long(), *map(torch.rand, (n, (n, 2), (n, 4))))
+    args, model = SimpleNamespace(**vars(ARGS) | dict(bf16=bf16)), cls(config)
+    if cls is TARFlow:
+        return model, lambda: train_forward.forward_loss(model, batch, args)
+    flow, decode = (net.requires_grad_(False) for net in (TARFlow(config), nn.Conv2d(config.channels, 3, 3, padding=1)))
+    perceptual = biflow.PerceptualDistance(decode, {"lpips": FakeLPIPS(1, 1)}, {"lpips": 1.0}, size=24)
+    return model, lambda: train_reverse.stage_2_loss(model, batch, flow, perceptual, args)
+
+
+@pytest.mark.parametrize("cls", [TARFlow, BiFlow])
+def test_precision_a_training_step_never_waits_for_a_gpu(cls):
+    args = SimpleNamespace(lr=1e-3, weight_decay=0.0, warmup=0, steps=9, schedule="constant", ema=0.9)
+    model, loss = stage(cls, SMALL, 4, False)
+    parts = dict(model=model, ema=make(cls), optimizer=train_forward.make_optimizer(model, args))
+    with Trace() as trace:
+        loss()[0].backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        train_forward.update(parts, 1, (~norm.isfinite()).float(), args)
+    assert trace.count > 500 and not trace.waits
+
+
+# What B with one block of one layer keeps for its backward pass, MiB an image; of G it is two, with the denoise block.
+@pytest.mark.parametrize("cls, limit", [(TARFlow, 4.0), (BiFlow, 14.5)])
+def test_precision_on_cuda_of_both_losses_and_their_memory(cls, limit, cuda):
+    kept = {}
+    for n in (2, 4):
+        _, loss_of = stage(cls, replace(SIZES["B"], blocks=1, layers=1), n, True)
+        with Trace() as trace:
+            loss, values = loss_of()
+            kept[n] = trace.live / 2**20
+        assert loss.dtype == torch.float32 and not trace.waits
+        del loss, values
+    assert 0.9 * limit < (kept[4] - kept[2]) / 2 < limit
+
+
+def test_precision_on_cuda_sampling_never_waits(cuda):
+    flow, model, z, y = TARFlow(SMALL), BiFlow(SMALL), torch.randn(2, T, D), torch.zeros(2).long()
+    with Trace() as trace, autocast(cuda, True):
+        out = [flow.blocks[0](z, y)[0], model.sample(z, y, 0.5), model.sample_two_pass(z, y, 0.5)]
+    assert not trace.waits and all(x.dtype == torch.float32 for x in out)
+
+
+def test_precision_replays_what_it_recorded_only_in_the_same_place(monkeypatch):
+    # In place of a CUDA graph: on a CPU the recorded call itself, on the same tensors. Oracle: the plain networks.
+    recorded = []
+
+    def record(function, *inputs):
+        recorded.append(function)
+        out = None if len(inputs) > 3 else function(*inputs)
+        return SimpleNamespace(
+            replay=lambda: out.copy_(function(*inputs)) if len(inputs) == 3 else function(*inputs)
+        ), out
+
+    monkeypatch.setattr(biflow, "record", record)
+    (plain, flow), (model, graphed) = ([make(cls), make(cls)] for cls in (TARFlow, BiFlow))
+    graphed.sample = biflow.Replay(graphed.sample)
+    for block in flow.blocks:
+        block.step = biflow.Replay(block.step)
+    z, y, w = inputs()
+    for i, guidance in enumerate((0.0, 0.0, 1.0)):
+        assert torch.equal(flow.inverse(z, y, guidance), plain.inverse(z, y, guidance))
+    assert len(recorded) >= B  # of each block, unless its memory lies elsewhere in the next call, at least once
+    recorded.clear()
+    for count in (0, 1, 1):
+        first = graphed.sample(z, y, w)
+        assert torch.equal(first, model.sample(z, y, w)) and len(recorded) == count
+    z += 1  # other values in the same place
+    assert torch.equal(graphed.sample(z, y, w), model.sample(z, y, w)) and not torch.equal(first, model.sample(z, y, w))
+    for z, y in ((z.clone(), y), (z[:2], y[:2])):
+        w = w[: len(y)]
+        assert torch.equal(graphed.sample(z, y, w), model.sample(z, y, w))
+    with autocast(CPU, True), fid.FlopCounter() as counter:  # which sees no operation in a graph
+        graphed.sample(z, y, w)
+        graphed.sample(z, y, w)
+    assert counter.total > 0 and len(recorded) == 1
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ IMAGENET = dict(
     weight_decay=0.0, warmup=25_000, schedule="constant", log_every=100, save_every=5000, num_workers=4,
 )  # fmt: skip
 S = TOY | dict(data="mnist", steps=3000, batch_size=128, lr=2e-3, weight_decay=0.01, save_every=1000)
-PRESETS = {"toy": TOY, "S": S, "B": IMAGENET, "L": IMAGENET, "XL": IMAGENET}
+PRESETS = {"toy": TOY, "S": S, "B": IMAGENET, "L": IMAGENET, "XL": IMAGENET | dict(micro_batch=8)}  # fits 24 GB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 1
@@ -167,7 +167,7 @@ def train_loop(args, device, model, run, data, loss_fn, evaluate):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         skip = (~norm.isfinite()).float()
         update(parts, step, skip, args)
-        skip, stopping = sum_over_processes(torch.stack([skip, skip.new_tensor(len(asked))])).tolist()
+        skip, stopping = sum_over_processes(torch.stack([skip, torch.full_like(skip, len(asked))])).tolist()
         done = step + 1
         if skip:  # its values are not finite either
             skipped, in_a_row, totals, since = skipped + 1, in_a_row + 1, {}, done

@@ -32,6 +32,7 @@ PRESETS["toy"].update(lr=1.2e-2, lpips=0.0, convnext=0.0)
 PRESETS["S"].update(steps=2000, lr=4e-3, lpips=0.0, convnext=0.0)
 for size in ("B", "L", "XL"):
     PRESETS[size].update(steps=200_000, lpips=0.4, convnext=0.1)  # 160 epochs, as in the paper's ablations
+    PRESETS[size].update(micro_batch=2 if size == "XL" else 8)  # fits 24 GB
 
 CONVNEXT = "convnextv2_base.fcmae_ft_in22k_in1k"  # licence of these weights: CC-BY-NC-4.0
 
