@@ -149,6 +149,7 @@ def random_latents(size):
 # Folders of images are read once, into a cache of uint8 pixels or of float16 VAE posteriors
 
 IMAGE_TYPES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+HIDDEN = (".", "__MACOSX")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -162,14 +163,14 @@ def list_images(root):
         paths += [Path(folder, name) for name in names]
         real = Path(folder).resolve()
         folders[:] = [name for name in folders if not real.is_relative_to(Path(folder, name).resolve())]  # no loops
-    paths = sorted(
-        p for p in paths if not any(part.startswith((".", "__MACOSX")) for part in p.relative_to(root).parts)
-    )
+    paths = sorted(p for p in paths if not any(part.startswith(HIDDEN) for part in p.relative_to(root).parts))
     files = [p for p in paths if p.suffix.lower() in IMAGE_TYPES and p.exists()]
     classes = sorted({p.relative_to(root).parts[0] for p in files if p.parent != root})
     if classes:
         files = [p for p in files if p.parent != root]
     skipped = Counter(p.suffix or p.name if p.exists() else f"dangling link {p}" for p in set(paths).difference(files))
+    folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN)] if classes else []
+    skipped.update(f"empty folder {name}" for name in folders if name not in classes)
     if skipped and RANK == 0:
         print(f"{root}: skipped {dict(skipped)}; types that are read: {' '.join(sorted(IMAGE_TYPES))}")
     if len(files) < 2:
@@ -205,6 +206,8 @@ def load_folder(args, device):
     if not args.data or not Path(args.data).expanduser().is_dir():
         fail(f"--data {args.data} is not a folder; give a folder of images or class folders, a cache, or {DATA_SETS}")
     cache = Path(args.data).expanduser().resolve()
+    if args.out.resolve().is_relative_to(cache):
+        fail(f"--out {args.out} lies inside --data {args.data}, whose images its pictures would join")
     if not (cache / "manifest.json").exists():
         cache = find_cache(cache, args, device)
     try:

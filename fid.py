@@ -434,7 +434,11 @@ def main(argv=None):
                 each.check(method, w)
     if args.speed:
         return speed_table(sampler, args)
+    if len({each.run["data"] for each in samplers.values()}) > 1:
+        fail("runs of different data have no common reference; give them one at a time")
     if sampler.run["data"] in ("digits", *TORCHVISION):
+        if args.reference or args.size:
+            fail("small images have their own reference; --reference is for photographs, --size for --speed")
         return quality_table(samplers, args)
     args.n, args.img_size = args.n or 50_000, sampler.run["img_size"]
     draws = [(m, w) for m in args.method or sampler.methods[-1:] for w in args.guidance]

@@ -86,6 +86,8 @@ def run_script(main):
     except BrokenPipeError:  # the reader of the output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(2) from None
+    except OSError as error:  # such as a full disk
+        fail(f"cannot read or write {error.filename or 'a file'}: {error.strerror or error}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -101,9 +103,12 @@ def load_run(folder, stage=None):
         run = json.loads((folder / "run.json").read_text())
         if stage and run["stage"] != stage:
             fail(f"{folder} is a {run['stage']} run; give the folder of a {stage} run")
-        return {"forward": TARFlow, "reverse": BiFlow}[run["stage"]].from_pretrained(folder), run
+        model = {"forward": TARFlow, "reverse": BiFlow}[run["stage"]].from_pretrained(folder)
+        assert all(p.isfinite().all() for p in model.parameters()), "there are weights that are not finite"
+        return model, run
     except Exception as error:  # json, safetensors and torch raise many kinds
-        fail(f"cannot load the run {folder}: {type(error).__name__}: {error}")
+        files = "run.json, config.json and model.safetensors"
+        fail(f"cannot load the run {folder}; look at its {files} ({type(error).__name__}: {error})")
 
 
 def weights_hash(folder):
@@ -127,7 +132,9 @@ def load_flow(folder, run):
 def load_real(folder):
     """The held-out images of a run: x as the models see them, labels y."""
     try:
-        return torch.load(Path(folder) / "real.pt", weights_only=True)
+        real = torch.load(Path(folder) / "real.pt", weights_only=True)
+        assert real["x"].isfinite().all(), "there are pixels that are not finite"
+        return real
     except Exception as error:  # zipfile, pickle and torch raise many kinds
         fail(f"cannot read {folder}/real.pt ({error}); go on with the run, and it is written anew")
 
@@ -308,8 +315,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if min(args.n, args.batch) < 1 or args.seed < 0:
         fail("--n and --batch must be at least 1, --seed at least 0")
-    if (args.to or args.mask) and not args.edit:
-        fail("--to and --mask belong to --edit IMAGE")
+    if (args.to or args.mask or args.source != "none") and not args.edit or args.edit and args.trajectory:
+        fail("--from, --to and --mask belong to --edit IMAGE, which goes without --trajectory")
     return args
 
 
@@ -378,6 +385,8 @@ def edit(sampler, args):
     rows = {"input": sampler.decode(x)}
     if args.mask:
         mask = load_image(args.mask, run["img_size"])[:, :1].to(device) > 0
+        if not mask.any():
+            fail(f"{args.mask} has no white, where the image would be redrawn")
         redraw = nnf.adaptive_max_pool2d(mask.float(), config.img_size // config.patch_size).view(1, -1, 1)
         z = torch.where(redraw > 0, sample_noise(args.seed, range(n), config).to(device), z[:1])
         rows["masked"] = torch.where(mask, 1.0, rows["input"])
