@@ -576,18 +576,18 @@ def test_perceptual_distance_by_hand(p):
 
 # ---- precision, and what else it takes to run the networks -----------------------------------------------------------
 @torch.no_grad()
-def all_outputs(flow, model, bf16):
+def all_outputs(flow, model, bf16, device=CPU):
     """What F and G make of four images or their noise, in every way; a list of tensors."""
-    z, y, w = inputs()
-    z = z * 0 + torch.linspace(-2, 2, z.numel()).view_as(z)
-    with autocast(CPU, bf16):
+    z, y, w = (x.to(device) for x in inputs())
+    z = z * 0 + torch.linspace(-2, 2, z.numel(), device=device).view_as(z)
+    with autocast(device, bf16):
         states, logdet = flow(unpatchify(z, 2), y)
         x, predictions = model(z, y, w)
         out = [*states, logdet, flow.inverse(z, y), flow.inverse(z, y, 1.0), flow.inverse_jacobi(z, y, 1.0, 0.0)]
         return [*out, x, *predictions.values(), model.sample(z, y, w), model.sample_two_pass(z, y, w)]
 
 
-@pytest.mark.parametrize("bf16, compiled", [(True, False), (False, True)])
+@pytest.mark.parametrize("bf16, compiled", [(True, False), pytest.param(False, True, marks=pytest.mark.slow)])
 def test_precision_of_frozen_networks(bf16, compiled):
     # bf16 errs by up to 0.4% in each product; we allow 3% of the largest value. Weights stored in it add no error.
     if compiled and not (shutil.which("g++") or shutil.which("clang++")):
@@ -607,6 +607,19 @@ def test_precision_of_frozen_networks(bf16, compiled):
     assert flow.blocks[0].proj_out.weight.dtype == torch.float32
     assert [flow.state_dict().keys(), model.state_dict().keys()] == names
     close(all_outputs(flow, model, bf16), expected, 1e-4 if compiled else 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and BIFLOW_TEST_CUDA in the environment")
+@pytest.mark.parametrize("bf16, tolerance", [(False, 1e-3), (True, 0.05)])
+def test_precision_on_a_gpu_of_compiled_networks_whose_calls_are_replayed(bf16, tolerance):
+    torch.compiler.reset()
+    flow, model, device = make(TARFlow), make(BiFlow), torch.device("cuda")
+    expected = all_outputs(flow, model, False)
+    for network in (flow, model):
+        biflow.freeze(network, device, bf16, True)
+    for _ in range(4):  # called, recorded, replayed
+        for a, b in zip(all_outputs(flow, model, bf16, device), expected):
+            assert (a.cpu() - b).abs().max() < tolerance * b.abs().max()
 
 
 class Trace(TorchDispatchMode):
@@ -724,7 +737,7 @@ def test_precision_replays_what_it_recorded_only_in_the_same_place(monkeypatch):
         assert torch.equal(first, model.sample(z, y, w)) and len(recorded) == count
     z += 1  # other values in the same place
     assert torch.equal(graphed.sample(z, y, w), model.sample(z, y, w)) and not torch.equal(first, model.sample(z, y, w))
-    for z, y in ((z.clone(), y), (z[:2], y[:2])):
+    for z, y in ((z + 1, y), (z[:2], y[:2])):
         w = w[: len(y)]
         assert torch.equal(graphed.sample(z, y, w), model.sample(z, y, w))
     with autocast(CPU, True), fid.FlopCounter() as counter:  # which sees no operation in a graph
@@ -918,6 +931,7 @@ def test_train_an_epoch_has_every_image_once_and_numbers_that_are_uniform_and_in
     assert not any(isinstance(x, torch.Tensor) for x in first[0])  # which workers send through shared memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [train_forward, train_reverse], ids=["1", "2"])
 def test_train_a_killed_run_ends_as_if_it_was_not_and_with_two_processes_too(toy, tmp_path, script, monkeypatch):
     # On one process bit for bit. On two, with an uneven batch in micro-batches, the same losses and the same average.
@@ -973,6 +987,7 @@ def test_train_survives_a_full_disk_and_a_damaged_checkpoint(tmp_path, monkeypat
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_train_is_alone_in_its_folder_survives_sigkill_and_ends_by_a_signal_in_one_line(tmp_path, capsys):
     # Ctrl-C in a terminal and a scheduler's SIGTERM reach the processes of the data loader, too.
     line = f"--batch-size 4 --schedule constant --save-every 3 --log-every 1 --out {tmp_path}"
@@ -1398,6 +1413,7 @@ def inception_weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_fid_and_is_equal_torch_fidelitys_from_any_source(tmp_path, inception_weights, capsys):
     fidelity = pytest.importorskip("torch_fidelity")
     for name, n in dict(a=30, b=31).items():
