@@ -199,6 +199,14 @@ def load_npz(path):
         fail(f"cannot read {path} ({error}); is it whole?")
 
 
+def images_of(path):
+    """The uint8 images arr_0 (n, H, W, 1 or 3) of an .npz."""
+    images = load_npz(path).get("arr_0", np.zeros(0))
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) < 2 or images.dtype != np.uint8:
+        fail(f"{path} does not hold uint8 images arr_0 (n, H, W, 1 or 3), two or more of them")
+    return images
+
+
 def image_batches(source, args):
     """A folder of images, or uint8 images (n, H, W, 3) -> batches of uint8 (n, 3, S, S); of this process's share."""
     if isinstance(source, np.ndarray):
@@ -418,14 +426,10 @@ def main(argv=None):
     if args.speed and args.size:
         return speed_table(random_sampler(args.size, device, args), args)
     if not (first / "run.json").exists() and first.exists():
-        arrays = load_npz(first) if first.is_file() else {}
-        if first.is_file() and (
-            "arr_0" not in arrays or arrays["arr_0"].ndim != 4 or arrays["arr_0"].dtype != np.uint8
-        ):
-            fail(f"{first} holds no uint8 images arr_0 (n, H, W, 3)")
-        size = arrays["arr_0"].shape[1] if arrays else args.img_size or 256
+        source = images_of(first) if first.is_file() else first
+        size = source.shape[1] if first.is_file() else args.img_size or 256
         args.img_size = args.img_size or size
-        return score_images({first: image_batches(arrays.get("arr_0", first), args)}, size, args, device)
+        return score_images({first: image_batches(source, args)}, size, args, device)
     samplers = {folder: Sampler.load(folder, device, args) for folder in args.inputs}
     sampler = samplers[args.inputs[0]]
     for each in samplers.values():

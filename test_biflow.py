@@ -1527,7 +1527,7 @@ BAD_INPUT = [
     ("sample", "F --method biflow", "give a reverse run"),
     ("sample", "G --out missing/x.png", "cannot write missing/x.png"),
     ("sample", "G --edit file", "cannot read file"),
-    ("fid", "nothing.npz", "holds no uint8 images"),
+    ("fid", "nothing.npz", "does not hold uint8 images"),
     ("fid", "cut.npz", "cannot read cut.npz"),
     ("fid", "images.npz --inception-weights pickle.pth", "cannot load Inception"),
 ]
