@@ -268,19 +268,23 @@ def image_statistics(batches, inception, device, keep_logits, keep=10_000):
 
 def reference_statistics(path, size, inception, args, device):
     """Of an .npz with mu and sigma (ADM's, pytorch-fid's, ours) or ref_mu and ref_sigma (iMF's), or of images."""
-    arrays = load_npz(path) if Path(path).is_file() else {}
+    if path.is_dir():
+        return image_statistics(image_batches(path, args), inception, device, keep_logits=False)
+    arrays = load_npz(path)
     prefix = "ref_" if "ref_mu" in arrays else ""
-    if prefix + "mu" in arrays:
+    if prefix + "mu" not in arrays:
+        images = images_of(path)
+        if images.shape[1] != size:
+            fail(f"the images of {path} have {images.shape[1]} pixels a side, the others {size}")
+        return image_statistics(image_batches(images, args), inception, device, keep_logits=False)
+    try:
         mu, sigma = (arrays[prefix + name].astype(np.float64) for name in ("mu", "sigma"))
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and sigma.shape == (2048, 2048)):
-            fail(f"mu and sigma of {path} are not finite, or not those of 2048 features")
-        if "img_size" in arrays and int(arrays["img_size"]) != size:
-            fail(f"{path} was made of images of {arrays['img_size']} pixels, these have {size}; give --img-size")
-        return dict(mu=mu, sigma=sigma)
-    source = arrays.get("arr_0", path)
-    if arrays and (source is path or source.shape[1] != size):
-        fail(f"{path} has neither mu and sigma nor images arr_0 of {size} x {size} pixels, the size of the others")
-    return image_statistics(image_batches(source, args), inception, device, keep_logits=False)
+        assert np.isfinite(mu).all() and np.isfinite(sigma).all() and sigma.shape == (2048, 2048)
+    except (KeyError, ValueError, AssertionError):
+        fail(f"mu and sigma of {path} are missing, not finite, or not those of 2048 features")
+    if arrays.get("img_size", size) != size:
+        fail(f"{path} was made of images of {arrays['img_size']} pixels, these have {size}; give --img-size")
+    return dict(mu=mu, sigma=sigma)
 
 
 def score_images(sources, size, args, device):
@@ -405,7 +409,7 @@ def parse(argv):
     add("--batch", type=int, default=256, help="images at a time (%(default)s)")
     add("--img-size", type=int, help="crop folders of images to this size (the run's, or 256)")
     add("--num-workers", type=int, default=4)
-    add("--reference", help=".npz with mu and sigma, or images as a folder or .npz")
+    add("--reference", type=Path, help=".npz with mu and sigma, or images as a folder or .npz")
     add("--save-stats", type=Path, help="write mu and sigma of the input, to be a --reference later")
     add("--inception-weights", help="torch-fidelity's Inception-v3 (its download)")
     add("--speed", action="store_true", help="the cost of each method, instead of its quality")
@@ -413,7 +417,7 @@ def parse(argv):
     add("--compile", action=on_off, help="torch.compile (on CUDA)")
     add("--bf16", action=on_off, help="bfloat16 autocast (on CUDA)")
     args = parser.parse_args(argv)
-    if min(args.n or 4, args.batch, args.draws) < 1 or (args.n or 4) < 4:
+    if min(args.batch, args.draws) < 1 or args.n is not None and args.n < 4:
         fail("--n must be at least 4, --batch and --draws at least 1")
     return args
 
@@ -422,6 +426,8 @@ def main(argv=None):
     args = parse(argv)
     device = setup(args)
     check_output(args.save_stats, ".npz")
+    if args.save_stats in (Path(args.inputs[0]), args.reference) and args.save_stats:
+        fail(f"--save-stats {args.save_stats} would overwrite what it is made of")
     first = Path(args.inputs[0])
     if args.speed and args.size:
         return speed_table(random_sampler(args.size, device, args), args)

@@ -1061,18 +1061,6 @@ def test_train_drops_the_labels_of_F_in_stage_1_and_of_G_alone_in_stage_2():
     assert torch.equal(train_reverse.trajectory(flow, batch.x, batch.eps, true, noisy)[1], x)
 
 
-@pytest.mark.parametrize("loss, cls", [(train_forward.forward_loss, TARFlow), (train_reverse.stage_2_loss, BiFlow)])
-def test_train_losses_have_one_graph_that_waits_for_no_value(loss, cls):
-    torch.compiler.reset()
-    net, counter = cls(SIZES["toy"]), CompileCounter()
-    others = (TARFlow(SIZES["toy"]), None, ARGS) if cls is BiFlow else (ARGS,)
-    compiled = torch.compile(loss, backend=counter, fullgraph=True)
-    for step in range(3):
-        batch = to_device(Batches(load_digits(), 4, 0)[step], CPU)
-        torch.testing.assert_close(compiled(net, batch, *others), loss(net, batch, *others))
-    assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize("num_classes", [0, 2])
 def test_train_the_inverse_of_a_published_flow_by_the_readme(num_classes, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
