@@ -6,7 +6,7 @@ The whole method in one file, from top to bottom:
     2. F, the forward model: a TARFlow, trained by maximum likelihood          x -> z
     3. G, the reverse model: a bidirectional Transformer, trained along F      z -> x  in one pass
     4. the losses of both
-    5. running the networks: precision, compilation, VAE
+    5. running the networks: precision, compilation, CUDA graphs, VAE
 
 Notation, as in the paper: F = f_{B-1} o ... o f_0 has B blocks; x is a clean image (or latent), x~ = x + sigma * eps
 its noisy version; x^0 = x~, x^{i+1} = f_i(x^i), z = x^B. G's hidden state h^i belongs to x^i; x' = G(z).
@@ -15,7 +15,6 @@ long, -1 for "no class". A comment "[ours]" marks a choice that the paper leaves
 """
 
 import dataclasses
-import functools
 import json
 import math
 from collections import OrderedDict
@@ -139,7 +138,7 @@ def upcast(x: Tensor) -> Tensor:
 class PreciseLinear(nn.Linear):
     """A linear layer that ignores autocast: the last layers, whose outputs are exponents, log-dets and pixels.
 
-    It starts at zero: a new block of F is the identity, a new head of G says nothing.
+    It starts at zero: a new block of F is the identity, a new head of G predicts zero.
     """
 
     def __init__(self, width: int, dim: int):
@@ -167,8 +166,8 @@ class CausalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, h, cache=None, t=None):
-        """h (N, T, width); or h (N, 1, width), the token at position t (a tensor (1,)), with a cache of keys and values
-        (2, N, heads, T, head_dim) that is filled up to t. Their shapes do not depend on t: one graph serves all."""
+        """h (N, T, width); or h (N, 1, width), the token at position t (a tensor (1,)), with a cache, keys and values
+        (N, heads, T, head_dim), that is filled up to t. Their shapes do not depend on t: one graph serves all."""
         N, T, width = h.shape
         q, k, v = self.qkv(self.norm(h)).view(N, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         if cache is None:
@@ -231,7 +230,7 @@ class FlowBlock(nn.Module):
         out = self.proj_out(h)
         return (out if self.clip is None else out.clamp(-self.clip, self.clip)).chunk(2, dim=-1)
 
-    def parameters_of(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def alpha_mu(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens in reading order -> (alpha, mu)_t of every token, from the tokens before it; alpha_0 = mu_0 = 0."""
         h = self.proj_in(x) + self.embedding(y)
         for layer in self.attn_blocks:
@@ -245,29 +244,29 @@ class FlowBlock(nn.Module):
         x^{i+1}_t = (x^i_t - mu_t) exp(-alpha_t), so that log|det f_i'| = -sum of alpha.
         """
         x = self.order(x)
-        alpha, mu = self.parameters_of(x, y)
+        alpha, mu = self.alpha_mu(x, y)
         return self.order((x - mu) * torch.exp(-alpha)), -alpha.sum((1, 2))
 
     def inverse(self, x: Tensor, y: Tensor, guidance: float) -> Tensor:
         """x^{i+1} (N, T, D) -> x^i: x^i_t = x^{i+1}_t exp(alpha_t) + mu_t, one token after another, with a KV cache."""
         x = self.order(x).clone()
         if guidance:
-            y = torch.cat([y, torch.full_like(y, -1)])  # both branches run as one batch
+            y = torch.cat([y, no_class(y)])  # both branches run as one batch
         embedding = self.embedding(y)
         N, T, width = embedding.shape
-        shape = (len(self.attn_blocks), 2, N, width // self.head_dim, T, self.head_dim)
-        cache = x.new_zeros(shape, dtype=self.proj_in(x[:, :1]).dtype)  # autocast's, if it is on
+        shape, dtype = (N, width // self.head_dim, T, self.head_dim), self.proj_in(x[:, :1]).dtype  # autocast's
+        cache = [x.new_zeros(shape, dtype=dtype) for _ in range(2 * len(self.attn_blocks))]  # views would be copied
         t = torch.zeros(1, dtype=torch.long, device=x.device)
         for _ in range(T - 1):
-            self.step(x, embedding, cache, t, guidance)
+            self.step(x, embedding, t, guidance, *cache)
         return self.order(x)
 
-    def step(self, x: Tensor, embedding: Tensor, cache: Tensor, t: Tensor, guidance: float):
-        """Make token t + 1 of x (N, T, D) from token t, in place, and move t (1,) on."""
+    def step(self, x: Tensor, embedding: Tensor, t: Tensor, guidance: float, *cache: Tensor):
+        """Turn token t + 1 of x (N, T, D) from x^{i+1} into x^i, given those before it, in place; t (1,) moves on."""
         token = x.index_select(1, t)
         h = self.proj_in(torch.cat([token, token]) if guidance else token) + embedding.index_select(1, t)
-        for layer, layer_cache in zip(self.attn_blocks, cache):
-            h = layer(h, layer_cache, t)
+        for layer, keys, values in zip(self.attn_blocks, cache[::2], cache[1::2]):
+            h = layer(h, (keys, values), t)
         t += 1
         alpha, mu = guide(*self.affine(h), guidance * t / (x.shape[1] - 1)) if guidance else self.affine(h)
         x.index_copy_(1, t, x.index_select(1, t) * torch.exp(alpha) + mu)
@@ -279,10 +278,10 @@ class FlowBlock(nn.Module):
         T = x.shape[1]
         w = guidance * torch.arange(T, device=x.device).view(T, 1) / (T - 1)
         if guidance:
-            y = torch.cat([y, torch.full_like(y, -1)])
+            y = torch.cat([y, no_class(y)])
         for _ in range(T - 1):
             before = x
-            alpha, mu = self.parameters_of(torch.cat([x, x]) if guidance else x, y)
+            alpha, mu = self.alpha_mu(torch.cat([x, x]) if guidance else x, y)
             if guidance:
                 alpha, mu = guide(alpha, mu, w)
             x = x_next * torch.exp(alpha) + mu
@@ -417,9 +416,8 @@ class ReverseLayer(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
         self.mlp_gate = nn.Parameter(torch.ones(width))
-        with torch.no_grad():
-            self.proj.weight.mul_(0.1)
-            self.mlp_out.weight.mul_(0.1)
+        for layer in (self.proj, self.mlp_out):
+            layer.weight.data.mul_(0.1)
 
     def forward(self, h, rope):
         N, T, width = h.shape
@@ -500,9 +498,7 @@ class BiFlow(HubModel):
         return y, torch.where(y < 0, 0.0, w)
 
     def project(self, j: int, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """After block j: the state that goes on, and what its head, if it has one, predicts of the flow's state.
-
-        In hidden distillation the state itself is forced through token space."""
+        """After block j: the state that goes on, and what its head, if it has one, predicts of the flow's state."""
         if j >= len(self.heads):
             return h, None
         prediction = self.heads[j](h)
@@ -523,7 +519,7 @@ class BiFlow(HubModel):
         h, predictions = self.proj_in(z) + self.pos_embed, {}
         for j, block in enumerate(self.blocks):
             out = block(h, y, w)
-            if self.config.w_max and j < self.config.blocks:
+            if self.config.w_max and self.config.num_classes and j < self.config.blocks:
                 with torch.no_grad():
                     out_none = block(h, none, zero)
                 out = (out + w_i * out_none) / (1 + w_i)
@@ -536,8 +532,7 @@ class BiFlow(HubModel):
     def sample(self, z: Tensor, y: Tensor | None = None, w: Tensor | float = 0.0) -> Tensor:
         """1-NFE sampling: z (N, T, D), y (N,), w in [0, w_max] -> x' (N, C, H, W). Each block is called once.
 
-        Without y, a G that knows classes returns the mean over the classes that z may stand for, which guidance points
-        away from: it is no unconditional sampler, since its z always came from F with a class.
+        Without y, a class-conditional G gives the mean over the classes that fit z: it is no unconditional sampler.
         """
         y, w = self.conditions(z, y, w)
         h = self.proj_in(z) + self.pos_embed
@@ -595,13 +590,13 @@ def reverse_loss(
     predictions: dict[int, Tensor],
     x: Tensor,
     states: list[Tensor],
-    adaptive_p: float = 1.0,
-    trajectory_norm: bool = True,
+    adaptive_p=1.0,
+    trajectory_norm=True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 2: w_p D(x, x') + sum_i w_p D(x^i, predictions[i]), averaged over the batch.
 
     x' and its target x (N, C, H, W): the clean image, or the noisy one where there is no denoise block; states: the
-    flow's trajectory, (N, T, D) each. Which predictions there are is the strategy: none of them in naive distillation.
+    flow's trajectory, (N, T, D) each. The strategy decides which predictions there are; naive distillation has none.
     Also returns the unweighted relative errors |x^i - prediction|^2 / |x^i|^2, (N,) each, by name: "x", "x0", "x1", ...
     """
     pairs = {"x": (x_prime, x)}
@@ -616,7 +611,7 @@ def reverse_loss(
 
 
 class FeatureDistance(nn.Module):
-    """Squared differences (N,) of a network's features. It gets images (N, C, S, S) normalised as in its training."""
+    """Squared differences (N,) of a network's features of images in [-1, 1], normalised as in its training."""
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -669,7 +664,7 @@ def random_resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Running the networks: precision, compilation, VAE
+# 5. Running the networks: precision, compilation, CUDA graphs, VAE
 
 
 def autocast(device: torch.device, enabled: bool):
@@ -679,8 +674,7 @@ def autocast(device: torch.device, enabled: bool):
 
 
 def freeze(model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
-    """Move a frozen network to the device. With bf16, cast its linear layers (except PreciseLinear) once instead of at
-    every call."""
+    """Make a frozen network ready: cast its linear layers (but PreciseLinear) once, compile it, replay what it can."""
     model.to(device).eval().requires_grad_(False)
     for layer in model.modules():
         if bf16 and type(layer) is nn.Linear:
@@ -688,15 +682,12 @@ def freeze(model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
     if compiled:
         compile_blocks(model)
     if compiled and device.type == "cuda":
-        if isinstance(model, BiFlow):
-            model.sample = Replay(model.sample)
-        else:
-            for block in model.blocks:
-                block.step = Replay(block.step)
+        for part, name in [(model, "sample")] if isinstance(model, BiFlow) else [(b, "step") for b in model.blocks]:
+            setattr(part, name, Replay(getattr(part, name)))
 
 
 def compile_blocks(model: nn.Module):
-    """In place, so that state dicts keep their names. The exact inverse's step: one graph serves all tokens."""
+    """Compile blocks, and the exact inverse's step, in place, so that state dicts keep their names."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each block into several graphs
     for block in model.blocks:
         block.compile()
@@ -705,18 +696,22 @@ def compile_blocks(model: nn.Module):
 
 
 class Replay:
-    """A function on CUDA whose many small kernels take longer to launch than to run. Called again with inputs at the
-    same addresses, it is recorded as a CUDA graph, and then replayed. It works in place, or returns one tensor."""
+    """Replays a function of many small kernels as a CUDA graph, recorded when its inputs lie where they lay before. The
+    function works in place or returns one tensor."""
 
     def __init__(self, function):
         self.function, self.key, self.graph, self.out = function, None, None, None
 
     def __call__(self, *inputs):
-        place = [(x.data_ptr(), x.shape, x.dtype) if isinstance(x, Tensor) else x for x in inputs]
-        key = [*place, torch.is_autocast_enabled("cuda")]
-        if key != self.key or is_in_torch_dispatch_mode():  # such a mode counts operations, and sees none in a graph
-            self.key, self.graph, self.out = key, None, None
-            return self.function(*inputs)  # this compiles, and sets up libraries, which cannot be recorded
+        if is_in_torch_dispatch_mode():  # it counts operations, and would see none in a graph
+            return self.function(*inputs)
+        key = [(x.data_ptr(), x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
+        key.append(torch.is_autocast_enabled("cuda"))
+        if key != self.key:
+            self.key, self.graph, self.out = None, None, None
+            out = self.function(*inputs)  # this compiles, and sets up libraries, which cannot be recorded
+            self.key = key
+            return out
         if self.graph is None:
             self.graph, self.out = record(self.function, *inputs)
         self.graph.replay()
@@ -726,22 +721,13 @@ class Replay:
 def record(function, *inputs):
     """The CUDA graph of what function(*inputs) launches, and its result. Nothing runs before the graph is replayed."""
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(recording_stream()):
-        graph.capture_begin(capture_error_mode="thread_local")  # other threads, such as NCCL's, may go on
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as NCCL's, may go on
         out = function(*inputs)
-        graph.capture_end()
     return graph, out
 
 
-@functools.cache
-def recording_stream():
-    """One for all graphs: for each stream cuBLAS keeps a workspace."""
-    return torch.cuda.Stream()
-
-
 class VAE:
-    """Images <-> latents, by a diffusers AutoencoderKL. Outside it, latents are normalised per channel."""
+    """Images <-> latents, by a diffusers AutoencoderKL. `encode` gives raw latents, `decode` takes normalised ones."""
 
     def __init__(self, name: str, device: torch.device, mean=0.0, std=1.0, bf16: bool = False):
         from diffusers import AutoencoderKL

@@ -417,6 +417,8 @@ def parse(argv):
     add("--compile", action=on_off, help="torch.compile (on CUDA)")
     add("--bf16", action=on_off, help="bfloat16 autocast (on CUDA)")
     args = parser.parse_args(argv)
+    if args.size and (not args.speed or args.inputs != ["runs/reverse-toy"]):
+        fail("--size belongs to --speed without a run")
     if min(args.batch, args.draws) < 1 or args.n is not None and args.n < 4:
         fail("--n must be at least 4, --batch and --draws at least 1")
     return args
@@ -431,7 +433,7 @@ def main(argv=None):
     first = Path(args.inputs[0])
     if args.speed and args.size:
         return speed_table(random_sampler(args.size, device, args), args)
-    if not (first / "run.json").exists() and first.exists():
+    if not (first / "run.json").exists() and first.exists() and not args.speed:
         source = images_of(first) if first.is_file() else first
         size = source.shape[1] if first.is_file() else args.img_size or 256
         args.img_size = args.img_size or size
@@ -447,8 +449,8 @@ def main(argv=None):
     if len({each.run["data"] for each in samplers.values()}) > 1:
         fail("runs of different data have no common reference; give them one at a time")
     if sampler.run["data"] in ("digits", *TORCHVISION):
-        if args.reference or args.size:
-            fail("small images have their own reference; --reference is for photographs, --size for --speed")
+        if args.reference:
+            fail("small images have their own reference; --reference is for photographs")
         return quality_table(samplers, args)
     args.n, args.img_size = args.n or 50_000, sampler.run["img_size"]
     draws = [(m, w) for m in args.method or sampler.methods[-1:] for w in args.guidance]

@@ -1477,11 +1477,15 @@ def bad(tmp_path_factory, toy, photos):
     for name in ("cache", "cut_cache"):
         shutil.copytree(cache, root / name)
     (root / "cut_cache/data.npy").write_bytes((root / "cache/data.npy").read_bytes()[:5000])
-    for name in ("garbled", "cut", "other"):
+    for name in ("garbled", "cut", "other", "nan"):
         shutil.copytree(forward, root / name, ignore=shutil.ignore_patterns("checkpoint*"))
     (root / "garbled/run.json").write_text('{"data": ')
     (root / "cut/model.safetensors").write_bytes(weights(forward)[:-100])
-    TARFlow(SIZES["toy"]).save_pretrained(root / "other")
+    flow = TARFlow(SIZES["toy"])
+    flow.save_pretrained(root / "other")
+    nn.init.constant_(flow.blocks[1].pos_embed, math.nan)
+    flow.save_pretrained(root / "nan")
+    Image.new("L", (8, 8)).save(root / "black.png")
     np.savez(root / "nothing.npz", other=np.zeros(3))
     np.savez(root / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8))
     (root / "cut.npz").write_bytes((root / "images.npz").read_bytes()[:700])
@@ -1502,7 +1506,10 @@ BAD_INPUT = [
     ("train_forward", "--out file/run", "cannot write to file/run"),
     ("train_forward", "--resume pickle.pth", "pickle.pth has no checkpoint that loads"),
     ("train_forward", "--out other", "other has no checkpoint"),
+    ("train_forward", "--data splits/val --out splits/val/run", "lies inside --data"),
     ("train_forward", "--out F --batch-size 32 --seed 3", "seed: 0 there, 3 now"),
+    ("train_forward", "--out G --batch-size 32", "stage: reverse there, forward now"),
+    ("train_reverse", "--forward F --out F", "is the flow's run"),
     ("train_reverse", "--forward missing", "is not a trained run"),
     ("train_reverse", "--forward G", "is a reverse run"),
     ("train_reverse", "--forward garbled", "cannot load the run"),
@@ -1515,6 +1522,10 @@ BAD_INPUT = [
     ("sample", "F --method biflow", "give a reverse run"),
     ("sample", "G --out missing/x.png", "cannot write missing/x.png"),
     ("sample", "G --edit file", "cannot read file"),
+    ("sample", "G --edit black.png --from 1 --mask black.png", "black.png has no white"),
+    ("sample", "nan", "not finite"),
+    ("fid", "G --size toy", "--size belongs"),
+    ("fid", "images.npz --save-stats images.npz", "would overwrite"),
     ("fid", "nothing.npz", "does not hold uint8 images"),
     ("fid", "cut.npz", "cannot read cut.npz"),
     ("fid", "images.npz --inception-weights pickle.pth", "cannot load Inception"),

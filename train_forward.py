@@ -355,7 +355,7 @@ def open_run(args, run, data):
 
 def refuse_changes(args, run, state):
     """End where the flags or the data are not those of the checkpoint; the schedule's may change."""
-    now = run["args"] | dict(data=run["identity"], flow=run.get("forward_hash"))
+    now = identity_of(run)
     changed = {k: f"{k}: {v} there, {now.get(k)} now" for k, v in state["args"].items() if v != now.get(k)}
     refused = "; ".join(change for name, change in changed.items() if name not in SCHEDULE_FLAGS)
     if refused:
@@ -365,9 +365,16 @@ def refuse_changes(args, run, state):
         print(f"{args.out}: going on from step {state['step']} of {args.steps}", *changed.values(), sep="; ")
 
 
+def identity_of(run):
+    """What a run is: a run that goes on must agree, but for its schedule."""
+    return dict(stage=run["stage"]) | run["args"] | dict(data=run["identity"], flow=run.get("forward_hash"))
+
+
 def load_checkpoint(out, resume):
-    """The newest checkpoint that loads, or None if there is none."""
-    paths = [Path(resume)] if resume else [p for p in (out / "checkpoint.pt", out / "checkpoint.prev.pt") if p.exists()]
+    """The newest checkpoint that loads, or None if there is none. One elsewhere (--resume) only begins a run."""
+    paths = [p for p in (out / "checkpoint.pt", out / "checkpoint.prev.pt") if p.exists()]
+    if resume and (not paths or Path(resume).resolve().parent == out.resolve()):
+        paths = [Path(resume)]
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -383,8 +390,7 @@ def save_checkpoint(args, run, parts, step, skipped):
     """checkpoint.pt, of which the one before is kept; then the averaged model and run.json."""
     out, names = args.out, ("checkpoint.pt", "checkpoint.prev.pt")
     state = {name: part.state_dict() for name, part in parts.items()}
-    state |= dict(step=step, skipped=skipped, args=run["args"])
-    state["args"] |= dict(data=run["identity"], flow=run.get("forward_hash"))
+    state |= dict(step=step, skipped=skipped, args=identity_of(run))
     try:
         write_aside(out / "checkpoint.next.pt", state)
         if (out / names[0]).exists():

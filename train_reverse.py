@@ -117,6 +117,8 @@ def main(argv=None):
     args = parse_args(parser, PRESETS, argv)
     args.out = args.out or Path(f"runs/reverse-{args.size}")
     args.forward = args.forward or Path(f"runs/forward-{args.size}")
+    if args.out.resolve() == args.forward.resolve():
+        fail(f"--out {args.out} is the flow's run; give another folder")
     device = setup(args)
 
     if args.benchmark and not args.forward.exists():  # random weights cost what trained ones do
