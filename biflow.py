@@ -254,8 +254,10 @@ class FlowBlock(nn.Module):
             y = torch.cat([y, no_class(y)])  # both branches run as one batch
         embedding = self.embedding(y)
         N, T, width = embedding.shape
-        shape, dtype = (N, width // self.head_dim, T, self.head_dim), self.proj_in(x[:, :1]).dtype  # autocast's
-        cache = [x.new_zeros(shape, dtype=dtype) for _ in range(2 * len(self.attn_blocks))]  # views would be copied
+        shape = (N, width // self.head_dim, T, self.head_dim)
+        dtype = self.proj_in(x[:, :1]).dtype  # autocast's, if it is on
+        # Keys and values of each layer. Compiled code changes them in place, and would copy views of one tensor.
+        cache = [x.new_zeros(shape, dtype=dtype) for _ in range(2 * len(self.attn_blocks))]
         t = torch.zeros(1, dtype=torch.long, device=x.device)
         for _ in range(T - 1):
             self.step(x, embedding, t, guidance, *cache)
