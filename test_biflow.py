@@ -21,9 +21,11 @@ import itertools
 import json
 import math
 import multiprocessing
+import pickle
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -1079,27 +1081,52 @@ def test_train_the_inverse_of_a_published_flow_by_the_readme(num_classes, photos
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
+def write_torchvision(name, root, images, labels):
+    """40 training and 20 test images as the files of MNIST, Fashion-MNIST or CIFAR-10."""
+    if name == "cifar10":
+        folder, rows = root / "cifar-10-batches-py", images.transpose(0, 3, 1, 2).reshape(60, -1)
+        parts = {f"data_batch_{i + 1}": slice(8 * i, 8 * i + 8) for i in range(5)} | {"test_batch": slice(40, 60)}
+        files = {part: dict(data=rows[s], labels=labels[s].tolist()) for part, s in parts.items()}
+        files["batches.meta"] = dict(label_names=[f"{i} - name" for i in range(10)])
+        files = {part: pickle.dumps(content) for part, content in files.items()}
+    else:
+        folder, files = root / data.TORCHVISION[name] / "raw", {}
+        for part, s in dict(train=slice(40), t10k=slice(40, 60)).items():
+            n = len(labels[s])
+            files[f"{part}-images-idx3-ubyte"] = struct.pack(">4i", 2051, n, 28, 28) + images[s].tobytes()
+            files[f"{part}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, n) + labels[s].astype(np.uint8).tobytes()
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, content in files.items():
+        (folder / part).write_bytes(content)
+    return folder / next(iter(files))
+
+
 @pytest.mark.parametrize("name, augment", [("mnist", "jitter"), ("fashion-mnist", "none"), ("cifar10", "mirror")])
 def test_data_of_torchvision_keep_its_pixels_labels_and_test_split(name, augment, tmp_path, monkeypatch, capsys):
-    # 40 training and 20 test images in torchvision's class.
     torchvision_class = getattr(pytest.importorskip("torchvision.datasets"), data.TORCHVISION[name])
+    if name == "cifar10":  # ours have other checksums
+        for files in ("train_list", "test_list"):
+            monkeypatch.setattr(
+                torchvision_class, files, [[file, None] for file, _ in getattr(torchvision_class, files)]
+            )
+        monkeypatch.setitem(torchvision_class.meta, "md5", None)
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda *args: 1 / 0)  # as without a network
+    line = f"{TINY} --data {name} --out {tmp_path / 'r'}"
+    assert f"into {tmp_path / 'data'}" in refusal(capsys, train_forward, line)
     shape = (60, 32, 32, 3) if name == "cifar10" else (60, 28, 28)
     images, labels = np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.arange(60) % 10
-
-    def init(self, root, train, download):
-        rows = slice(40) if train else slice(40, 60)
-        self.data, self.targets, self.classes = images[rows], labels[rows].tolist(), [f"{i} - name" for i in range(10)]
-
-    monkeypatch.setattr(torchvision_class, "__init__", init)
-    found = load_torchvision(name, tmp_path)
+    first = write_torchvision(name, tmp_path / "data", images, labels)
+    found = load_torchvision(name, tmp_path / "data")
     assert np.array_equal(found.array, images.transpose(0, 3, 1, 2) if name == "cifar10" else images[:, None])
-    assert np.array_equal(found.labels, labels) and found.info["classes"] == list("0123456789")
+    assert np.array_equal(found.labels, labels)
+    names = torchvision_class.classes if name == "fashion-mnist" else "0123456789"
+    assert found.info["classes"] == list(names)
     assert found.test.tolist() == list(range(40, 60)) and found.augment == augment
     assert sorted([*found.fit, *found.val]) == list(range(40)) and len(found.val) == 4
     run(train_forward, f"--steps 1 --batch-size 4 --data {name} --out {tmp_path / 'run'}")
     assert TARFlow.from_pretrained(tmp_path / "run").config.tokens == (256 if name == "cifar10" else 49)
-    monkeypatch.setattr(torchvision_class, "__init__", lambda *args, **options: 1 / 0)  # as without a network
-    assert f"into {tmp_path / 'data'}" in refusal(capsys, train_forward, f"{TINY} --data {name} --out {tmp_path / 'r'}")
+    first.write_bytes(first.read_bytes()[:1000])  # damaged
+    assert f"cannot load {name}" in refusal(capsys, train_forward, line)
 
 
 def test_data_jitter_is_the_affine_map_that_its_numbers_say():
@@ -1499,6 +1526,7 @@ BAD_INPUT = [
     ("train_forward", "--batch-size 0", "at least 1"),
     ("train_forward", "--patch-size 3", "does not divide 8"),
     ("train_forward", "--data empty", "holds 0 images"),
+    ("train_forward", "--data mnists", "is not a folder"),
     ("train_forward", "--data splits", "splits train, val"),
     ("train_forward", "--data cache --img-size 33", "was made with --img-size 32"),
     ("train_forward", "--data cut_cache", "is damaged"),
