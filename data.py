@@ -280,8 +280,8 @@ def build_cache(cache, files, size, vae, device, args):
     if not vae:
         return {}
     sums = torch.zeros(3, shape[2], dtype=torch.float64)  # each process adds up its share of E[1], E[x] and E[x^2]
-    for i in range(RANK * 1024, len(files), WORLD * 1024):
-        mean, logvar = torch.from_numpy(data[i : i + 1024][done[i : i + 1024] == 1]).double().unbind(2)
+    for i in range(RANK * 32, len(files), WORLD * 32):
+        mean, logvar = torch.from_numpy(data[i : i + 32][done[i : i + 32] == 1]).double().unbind(2)
         sums += torch.stack([x.sum((0, 1, 3, 4)) for x in (torch.ones_like(mean), mean, mean**2 + logvar.exp())])
     n, first, second = sum_over_processes(sums.to(device)).cpu().view(3, -1, 1, 1)
     return dict(mean=(first / n).tolist(), std=(second / n - (first / n) ** 2).sqrt().tolist())

@@ -1141,6 +1141,17 @@ def test_data_jitter_is_the_affine_map_that_its_numbers_say():
     close(jitter(blob(x, y).expand(21, 1, -1, -1), u)[:, 0], expected, 5e-3)
 
 
+def test_data_are_copied_without_waiting_to_cuda_alone(monkeypatch):
+    # To other devices such copies arrive damaged (MPS).
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *device, **options: copies.append((*device, options)) or x)
+    for kind in ("cuda", "mps", "cpu"):
+        to_device(Batches(load_digits(), 2, 0)[0], torch.device(kind))
+    assert all(options == ({"non_blocking": True} if device.type == "cuda" else {}) for device, options in copies)
+    assert len(copies) == 3 * 6
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     root = tmp_path_factory.mktemp("photos")
