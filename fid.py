@@ -239,7 +239,7 @@ def load_inception(weights, device):
             torch.load(weights, weights_only=True)  # the package would unpickle it: make sure that it is plain tensors
         net = FeatureExtractorInceptionV3("inception-v3-compat", layers, feature_extractor_weights_path=weights)
     except Exception as error:
-        fail(f"cannot load Inception's weights ({error}); give --inception-weights FILE")
+        fail(f"cannot load Inception's weights {weights or ''} ({error}); give --inception-weights FILE")
     return net.to(device)
 
 
