@@ -400,7 +400,7 @@ def random_sampler(size, device, args):
 def parse(argv):
     parser = argparse.ArgumentParser(description="Quality and cost of runs, of a folder of images or of an .npz.")
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add("inputs", nargs="*", default=["runs/reverse-toy"], help="run folders, or one folder or .npz of images")
+    add("inputs", nargs="*", help="run folders, or one folder or .npz of images (runs/reverse-toy)")
     add("--method", choices=METHODS, action="append", help="repeatable (all of the run's; photographs: the last)")
     add("--n", type=int, help="samples (small images 1000 or 10000 a draw, photographs 50000)")
     add("--draws", type=int, default=5, help="small images: independent draws, for the spread (%(default)s)")
@@ -417,8 +417,11 @@ def parse(argv):
     add("--compile", action=on_off, help="torch.compile (on CUDA)")
     add("--bf16", action=on_off, help="bfloat16 autocast (on CUDA)")
     args = parser.parse_args(argv)
-    if args.size and (not args.speed or args.inputs != ["runs/reverse-toy"]):
+    if args.size and (not args.speed or args.inputs):
         fail("--size belongs to --speed without a run")
+    if args.speed and (args.save_stats or args.reference):
+        fail("--speed measures the cost alone, without --save-stats and --reference")
+    args.inputs = args.inputs or ["runs/reverse-toy"]
     if min(args.batch, args.draws) < 1 or args.n is not None and args.n < 4:
         fail("--n must be at least 4, --batch and --draws at least 1")
     return args
