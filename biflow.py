@@ -418,8 +418,9 @@ class ReverseLayer(nn.Module):
         self.mlp_in = nn.Linear(width, 2 * hidden, bias=False)
         self.mlp_out = nn.Linear(hidden, width, bias=False)
         self.mlp_gate = nn.Parameter(torch.ones(width))
-        for layer in (self.proj, self.mlp_out):
-            layer.weight.data.mul_(0.1)
+        with torch.no_grad():
+            self.proj.weight.mul_(0.1)
+            self.mlp_out.weight.mul_(0.1)
 
     def forward(self, h, rope):
         N, T, width = h.shape
@@ -592,8 +593,8 @@ def reverse_loss(
     predictions: dict[int, Tensor],
     x: Tensor,
     states: list[Tensor],
-    adaptive_p=1.0,
-    trajectory_norm=True,
+    adaptive_p: float = 1.0,
+    trajectory_norm: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 2: w_p D(x, x') + sum_i w_p D(x^i, predictions[i]), averaged over the batch.
 
@@ -684,8 +685,11 @@ def freeze(model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
     if compiled:
         compile_blocks(model)
     if compiled and device.type == "cuda":
-        for part, name in [(model, "sample")] if isinstance(model, BiFlow) else [(b, "step") for b in model.blocks]:
-            setattr(part, name, Replay(getattr(part, name)))
+        if isinstance(model, BiFlow):
+            model.sample = Replay(model.sample)
+        else:
+            for block in model.blocks:
+                block.step = Replay(block.step)
 
 
 def compile_blocks(model: nn.Module):

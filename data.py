@@ -169,8 +169,9 @@ def list_images(root):
     if classes:
         files = [p for p in files if p.parent != root]
     skipped = Counter(p.suffix or p.name if p.exists() else f"dangling link {p}" for p in set(paths).difference(files))
-    folders = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN)] if classes else []
-    skipped.update(f"empty folder {name}" for name in folders if name not in classes)
+    if classes:
+        shown = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN)]
+        skipped.update(f"empty folder {name}" for name in shown if name not in classes)
     if skipped and RANK == 0:
         print(f"{root}: skipped {dict(skipped)}; types that are read: {' '.join(sorted(IMAGE_TYPES))}")
     if len(files) < 2:

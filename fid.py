@@ -199,9 +199,9 @@ def load_npz(path):
         fail(f"cannot read {path} ({error}); is it whole?")
 
 
-def images_of(path):
-    """The uint8 images arr_0 (n, H, W, 1 or 3) of an .npz."""
-    images = load_npz(path).get("arr_0", np.zeros(0))
+def images_of(path, arrays):
+    """The uint8 images arr_0 (n, H, W, 1 or 3) among the arrays of an .npz."""
+    images = arrays.get("arr_0", np.zeros(0))
     if images.ndim != 4 or images.shape[3] not in (1, 3) or len(images) < 2 or images.dtype != np.uint8:
         fail(f"{path} does not hold uint8 images arr_0 (n, H, W, 1 or 3), two or more of them")
     return images
@@ -273,7 +273,7 @@ def reference_statistics(path, size, inception, args, device):
     arrays = load_npz(path)
     prefix = "ref_" if "ref_mu" in arrays else ""
     if prefix + "mu" not in arrays:
-        images = images_of(path)
+        images = images_of(path, arrays)
         if images.shape[1] != size:
             fail(f"the images of {path} have {images.shape[1]} pixels a side, the others {size}")
         return image_statistics(image_batches(images, args), inception, device, keep_logits=False)
@@ -431,13 +431,14 @@ def main(argv=None):
     args = parse(argv)
     device = setup(args)
     check_output(args.save_stats, ".npz")
-    if args.save_stats in (Path(args.inputs[0]), args.reference) and args.save_stats:
+    sources = [Path(path).resolve() for path in (*args.inputs, args.reference) if path]
+    if args.save_stats and args.save_stats.resolve() in sources:
         fail(f"--save-stats {args.save_stats} would overwrite what it is made of")
     first = Path(args.inputs[0])
     if args.speed and args.size:
         return speed_table(random_sampler(args.size, device, args), args)
     if not (first / "run.json").exists() and first.exists() and not args.speed:
-        source = images_of(first) if first.is_file() else first
+        source = images_of(first, load_npz(first)) if first.is_file() else first
         size = source.shape[1] if first.is_file() else args.img_size or 256
         args.img_size = args.img_size or size
         return score_images({first: image_batches(source, args)}, size, args, device)

@@ -315,8 +315,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if min(args.n, args.batch) < 1 or args.seed < 0:
         fail("--n and --batch must be at least 1, --seed at least 0")
-    if (args.to or args.mask or args.source != "none") and not args.edit or args.edit and args.trajectory:
-        fail("--from, --to and --mask belong to --edit IMAGE, which goes without --trajectory")
+    if args.edit and args.trajectory:
+        fail("--edit goes without --trajectory")
+    if (args.to or args.mask or args.source != "none") and not args.edit:
+        fail("--from, --to and --mask belong to --edit IMAGE")
     return args
 
 

@@ -719,10 +719,10 @@ def test_precision_replays_what_it_recorded_only_in_the_same_place(monkeypatch):
 
     def record(function, *inputs):
         recorded.append(function)
-        out = None if len(inputs) > 3 else function(*inputs)
-        return SimpleNamespace(
-            replay=lambda: out.copy_(function(*inputs)) if len(inputs) == 3 else function(*inputs)
-        ), out
+        if len(inputs) > 3:  # the step of the inverse, which works in place
+            return SimpleNamespace(replay=lambda: function(*inputs)), None
+        out = function(*inputs)
+        return SimpleNamespace(replay=lambda: out.copy_(function(*inputs))), out
 
     monkeypatch.setattr(biflow, "record", record)
     (plain, flow), (model, graphed) = ([make(cls), make(cls)] for cls in (TARFlow, BiFlow))
@@ -730,7 +730,7 @@ def test_precision_replays_what_it_recorded_only_in_the_same_place(monkeypatch):
     for block in flow.blocks:
         block.step = biflow.Replay(block.step)
     z, y, w = inputs()
-    for i, guidance in enumerate((0.0, 0.0, 1.0)):
+    for guidance in (0.0, 0.0, 1.0):
         assert torch.equal(flow.inverse(z, y, guidance), plain.inverse(z, y, guidance))
     assert len(recorded) >= B  # of each block, unless its memory lies elsewhere in the next call, at least once
     recorded.clear()
@@ -1061,6 +1061,18 @@ def test_train_drops_the_labels_of_F_in_stage_1_and_of_G_alone_in_stage_2():
     assert torch.equal(seen[-1][0], x) and torch.equal(seen[-1][1], y)
     noisy = SimpleNamespace(**vars(ARGS) | dict(denoise="none"))  # where no block denoises, x' is x~
     assert torch.equal(train_reverse.trajectory(flow, batch.x, batch.eps, true, noisy)[1], x)
+
+
+@pytest.mark.parametrize("loss, cls", [(train_forward.forward_loss, TARFlow), (train_reverse.stage_2_loss, BiFlow)])
+def test_train_losses_have_one_graph_that_waits_for_no_value(loss, cls):
+    torch.compiler.reset()
+    net, counter = cls(SIZES["toy"]), CompileCounter()
+    others = (TARFlow(SIZES["toy"]), None, ARGS) if cls is BiFlow else (ARGS,)
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for step in range(3):
+        batch = to_device(Batches(load_digits(), 4, 0)[step], CPU)
+        torch.testing.assert_close(compiled(net, batch, *others), loss(net, batch, *others))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("num_classes", [0, 2])
