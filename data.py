@@ -65,11 +65,12 @@ def load_data(args, device):
     """`--data`: digits, a torchvision data set, a folder of images, or a cache that was made of one."""
     if args.data == "random":
         return random_latents(args.size)
-    if args.data == "digits":
-        return load_digits()
-    if args.data in TORCHVISION:
-        return load_torchvision(args.data, args.out.parent / "data")
-    return load_folder(args, device)
+    if args.data != "digits" and args.data not in TORCHVISION:
+        return load_folder(args, device)
+    data = load_digits() if args.data == "digits" else load_torchvision(args.data, args.out.parent / "data")
+    if args.vae not in (None, "none") or args.img_size not in (None, data.info["img_size"]):
+        fail(f"{args.data} has pixels of its own size; give --vae none, and no --img-size")
+    return data
 
 
 def load_data_of(forward_run, args, device):
@@ -234,6 +235,10 @@ def find_cache(root, args, device):
     identity = hashlib.sha256(json.dumps([vae_name, size, classes, stats]).encode()).hexdigest()[:12]
     cache = args.out.parent / f"cache-{root.name}-{size}-{identity}"
     if not (cache / "manifest.json").exists():
+        begun = args.out / "run.json"
+        if begun.exists() and not args.fresh and identity not in begun.read_text():
+            hint = "if only the files' times have changed, give their old cache as --data; --fresh starts over"
+            fail(f"{args.out} was begun with other images, --img-size or --vae; {hint}")
         vae = load_vae(vae_name, device) if vae_name else None
         statistics = build_cache(cache, files, size, vae, device, args)
         info = dict(data=str(root), identity=identity, vae=vae_name, img_size=size, classes=classes, labels=labels)

@@ -1548,6 +1548,8 @@ def bad(tmp_path_factory, toy, photos):
 BAD_INPUT = [
     ("train_forward", "--batch-size 0", "at least 1"),
     ("train_forward", "--patch-size 3", "does not divide 8"),
+    ("train_forward", "--img-size 16", "has pixels of its own size"),
+    ("train_forward", "--vae nowhere", "has pixels of its own size"),
     ("train_forward", "--data empty", "holds 0 images"),
     ("train_forward", "--data mnists", "is not a folder"),
     ("train_forward", "--data splits", "splits train, val"),
@@ -1558,6 +1560,7 @@ BAD_INPUT = [
     ("train_forward", "--resume pickle.pth", "pickle.pth has no checkpoint that loads"),
     ("train_forward", "--out other", "other has no checkpoint"),
     ("train_forward", "--data splits/val --out splits/val/run", "lies inside --data"),
+    ("train_forward", "--data splits/val --out F", "begun with other images"),
     ("train_forward", "--out F --batch-size 32 --seed 3", "seed: 0 there, 3 now"),
     ("train_forward", "--out G --batch-size 32", "stage: reverse there, forward now"),
     ("train_reverse", "--forward F --out F", "is the flow's run"),

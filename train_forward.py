@@ -359,8 +359,7 @@ def refuse_changes(args, run, state):
     changed = {k: f"{k}: {v} there, {now.get(k)} now" for k, v in state["args"].items() if v != now.get(k)}
     refused = "; ".join(change for name, change in changed.items() if name not in SCHEDULE_FLAGS)
     if refused:
-        hint = "; if only the files' times have changed, give their old cache as --data" * ("data: " in refused)
-        fail(f"the run was begun with other arguments ({refused}){hint}; --fresh starts over, --out goes elsewhere")
+        fail(f"the run was begun with other arguments ({refused}); --fresh starts over, --out goes elsewhere")
     if RANK == 0:
         print(f"{args.out}: going on from step {state['step']} of {args.steps}", *changed.values(), sep="; ")
 
