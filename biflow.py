@@ -1,12 +1,7 @@
 """BiFlow: Bidirectional Normalizing Flow, from data to noise and back (arXiv 2512.10953, CVPR 2026).
 
-The whole method in one file, from top to bottom:
-
-    1. sizes and tokens
-    2. F, the forward model: a TARFlow, trained by maximum likelihood          x -> z
-    3. G, the reverse model: a bidirectional Transformer, trained along F      z -> x  in one pass
-    4. the losses of both
-    5. running the networks: precision, compilation, CUDA graphs, VAE
+The whole method in one file, from top to bottom: sizes and tokens; F: x -> z, a TARFlow, trained by maximum likelihood;
+G: z -> x in one pass, a bidirectional Transformer, trained along F; the losses of both; running the networks.
 
 Notation, as in the paper: F = f_{B-1} o ... o f_0 has B blocks; x is a clean image (or latent), x~ = x + sigma * eps
 its noisy version; x^0 = x~, x^{i+1} = f_i(x^i), z = x^B. G's hidden state h^i belongs to x^i; x' = G(z).
@@ -17,7 +12,6 @@ long, -1 for "no class". A comment "[ours]" marks a choice that the paper leaves
 import dataclasses
 import json
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +19,6 @@ import torch
 import torch.nn.functional as nnf
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,7 +46,7 @@ class Config:
 
     def __post_init__(self):
         checks = {
-            "patch_size must divide img_size": self.img_size % self.patch_size == 0,
+            "patch_size must divide img_size": self.patch_size > 0 == self.img_size % self.patch_size,
             "head_dim must divide width and be a multiple of 4": self.width % self.head_dim == self.head_dim % 4 == 0,
             "blocks and layers must be at least 1": min(self.blocks, self.layers) > 0,
             "clip must be positive or none": self.clip is None or self.clip > 0,
@@ -88,15 +81,13 @@ SIZES = {
 
 def patchify(x: Tensor, p: int) -> Tensor:
     """Image (N, C, H, W) -> tokens (N, T, D), T = H W / p^2 in raster order, D = C p^2 with the channel outermost."""
-    N, C, H, W = x.shape
-    return x.view(N, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * p * p)
+    return nnf.pixel_unshuffle(x, p).flatten(2).transpose(1, 2).contiguous()
 
 
 def unpatchify(tokens: Tensor, p: int) -> Tensor:
     """Tokens (N, T, D) -> square image (N, C, H, W), the inverse of patchify."""
-    N, T, D = tokens.shape
-    s = math.isqrt(T)
-    return tokens.view(N, s, s, D // p**2, p, p).permute(0, 3, 1, 4, 2, 5).reshape(N, -1, s * p, s * p)
+    side = math.isqrt(tokens.shape[1])
+    return nnf.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), p)
 
 
 def no_class(x: Tensor) -> Tensor:
@@ -123,23 +114,16 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="biflow", paper_url
         from safetensors.torch import load_file
 
         folder = Path(name).expanduser()
-        if not folder.exists() and not folder.parent.exists():
+        if not folder.parent.exists():
             folder = Path(snapshot_download(str(name), **hub_options))
         model = cls(Config(**json.loads((folder / "config.json").read_text())))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
 
 
-def upcast(x: Tensor) -> Tensor:
-    """Half precision -> float32; float32 and float64 pass."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 class PreciseLinear(nn.Linear):
-    """A linear layer that ignores autocast: the last layers, whose outputs are exponents, log-dets and pixels.
-
-    It starts at zero: a new block of F is the identity, a new head of G predicts zero.
-    """
+    """A linear layer that ignores autocast: the last layers, whose outputs are exponents, log-dets and pixels. It
+    starts at zero: a new block of F is the identity, a new head of G predicts zero."""
 
     def __init__(self, width: int, dim: int):
         super().__init__(width, dim)
@@ -155,21 +139,24 @@ class PreciseLinear(nn.Linear):
 # 2. F: TARFlow (Zhai et al., arXiv 2412.06329), with clipping. Parameter names are those of the published TARFlow
 
 
-class CausalAttention(nn.Module):
-    """Pre-norm causal self-attention over all tokens, or of one token over a cache of those before it."""
+class CausalLayer(nn.Module):
+    """One pre-norm Transformer layer of the flow: causal self-attention, over all tokens or of one token over a cache
+    of those before it, and a GELU MLP of ratio 4. The residual stream stays in float32 under autocast."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.attention = nn.ModuleDict(
+            {"norm": nn.LayerNorm(width), "qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)}
+        )
+        main = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.ModuleDict({"norm": nn.LayerNorm(width), "main": main})
 
     def forward(self, h, cache=None, t=None):
         """h (N, T, width); or h (N, 1, width), the token at position t (a tensor (1,)), with a cache, keys and values
         (N, heads, T, head_dim), that is filled up to t. Their shapes do not depend on t: one graph serves all."""
         N, T, width = h.shape
-        q, k, v = self.qkv(self.norm(h)).view(N, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = self.attention.qkv(self.attention.norm(h)).view(N, T, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         if cache is None:
             a = nnf.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
@@ -178,22 +165,8 @@ class CausalAttention(nn.Module):
             values.index_copy_(2, t, v)
             filled = torch.arange(keys.shape[2], device=h.device)[None] <= t
             a = nnf.scaled_dot_product_attention(q, keys, values, attn_mask=filled)
-        return self.proj(a.transpose(1, 2).reshape(N, T, width))
-
-
-class CausalLayer(nn.Module):
-    """One Transformer layer of the flow: attention, and a pre-norm GELU MLP of ratio 4. The residual stream stays in
-    float32 under autocast."""
-
-    def __init__(self, width: int, head_dim: int):
-        super().__init__()
-        self.attention = CausalAttention(width, head_dim)
-        mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.mlp = nn.Sequential(OrderedDict(norm=nn.LayerNorm(width), main=mlp))
-
-    def forward(self, h, cache=None, t=None):
-        h = h + self.attention(h, cache, t)
-        return h + self.mlp(h)
+        h = h + self.attention.proj(a.transpose(1, 2).reshape(N, T, width))
+        return h + self.mlp.main(self.mlp.norm(h))
 
 
 class FlowBlock(nn.Module):
@@ -223,10 +196,8 @@ class FlowBlock(nn.Module):
         return self.order(embedding)
 
     def affine(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden tokens -> log-scale alpha and shift mu of the *next* token, each (N, T, D), clipped to [-c, c].
-
-        Norm control, part one: clipping bounds how far a block can move the norm of its input.
-        """
+        """Hidden tokens -> log-scale alpha and shift mu of the *next* token, each (N, T, D), clipped to [-c, c]. Norm
+        control, part one: clipping bounds how far a block can move the norm of its input."""
         out = self.proj_out(h)
         return (out if self.clip is None else out.clamp(-self.clip, self.clip)).chunk(2, dim=-1)
 
@@ -239,10 +210,8 @@ class FlowBlock(nn.Module):
         return nnf.pad(alpha[:, :-1], (0, 0, 1, 0)), nnf.pad(mu[:, :-1], (0, 0, 1, 0))
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x^i (N, T, D), y (N,) -> x^{i+1} (N, T, D), log|det f_i'| (N,) in nats.
-
-        x^{i+1}_t = (x^i_t - mu_t) exp(-alpha_t), so that log|det f_i'| = -sum of alpha.
-        """
+        """x^i (N, T, D), y (N,) -> x^{i+1} (N, T, D), log|det f_i'| (N,) in nats:
+        x^{i+1}_t = (x^i_t - mu_t) exp(-alpha_t), so that log|det f_i'| = -sum of alpha."""
         x = self.order(x)
         alpha, mu = self.alpha_mu(x, y)
         return self.order((x - mu) * torch.exp(-alpha)), -alpha.sum((1, 2))
@@ -272,24 +241,6 @@ class FlowBlock(nn.Module):
         t += 1
         alpha, mu = guide(*self.affine(h), guidance * t / (x.shape[1] - 1)) if guidance else self.affine(h)
         x.index_copy_(1, t, x.index_select(1, t) * torch.exp(alpha) + mu)
-
-    def inverse_jacobi(self, x_next: Tensor, y: Tensor, guidance: float, tolerance: float) -> Tensor:
-        """The same map by fixed-point iteration on all tokens at once: x <- x^{i+1} exp(alpha(x)) + mu(x). Each round
-        makes at least one more token exact; it ends when no number moves by more than the tolerance."""
-        x = x_next = self.order(x_next)
-        T = x.shape[1]
-        w = guidance * torch.arange(T, device=x.device).view(T, 1) / (T - 1)
-        if guidance:
-            y = torch.cat([y, no_class(y)])
-        for _ in range(T - 1):
-            before = x
-            alpha, mu = self.alpha_mu(torch.cat([x, x]) if guidance else x, y)
-            if guidance:
-                alpha, mu = guide(alpha, mu, w)
-            x = x_next * torch.exp(alpha) + mu
-            if (x - before).abs().max() <= tolerance:
-                break
-        return self.order(x)
 
 
 def guide(alpha: Tensor, mu: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -331,10 +282,24 @@ class TARFlow(HubModel):
 
     @torch.no_grad()
     def inverse_jacobi(self, z: Tensor, y: Tensor | None = None, guidance: float = 0.0, tolerance=1e-3) -> Tensor:
-        """The same map by fixed-point iteration, block by block: at most T - 1 parallel rounds each, mostly fewer."""
+        """The same map by fixed-point iteration, a block's tokens all at once: x <- x^{i+1} exp(alpha(x)) + mu(x).
+        Each round makes at least one more token exact; it ends when no number moves by more than the tolerance."""
+        T = z.shape[1]
         y = no_class(z) if y is None else y
+        w = guidance * torch.arange(T, device=z.device).view(T, 1) / (T - 1)
+        if guidance:
+            y = torch.cat([y, no_class(y)])
         for block in reversed(self.blocks):
-            z = block.inverse_jacobi(z, y, guidance, tolerance)
+            x = x_next = block.order(z)
+            for _ in range(T - 1):
+                before = x
+                alpha, mu = block.alpha_mu(torch.cat([x, x]) if guidance else x, y)
+                if guidance:
+                    alpha, mu = guide(alpha, mu, w)
+                x = x_next * torch.exp(alpha) + mu
+                if (x - before).abs().max() <= tolerance:
+                    break
+            z = block.order(x)
         return unpatchify(z, self.config.patch_size)
 
     def denoise(self, x: Tensor, y: Tensor | None, sigma: float) -> Tensor:
@@ -367,13 +332,13 @@ class TARFlow(HubModel):
         return model.eval()
 
 
-def config_of_tarflow(state: dict[str, Tensor], channels: int = 3) -> Config:
-    """The sizes of a published TARFlow, from the shapes of its tensors. Its heads have 64 channels."""
+def config_of_tarflow(state: dict[str, Tensor]) -> Config:
+    """The sizes of a published TARFlow, from the shapes of its tensors. Its heads have 64 channels, images three."""
     tokens, width = state["blocks.0.pos_embed"].shape
-    patch_size = math.isqrt(state["blocks.0.proj_in.weight"].shape[1] // channels)
+    patch_size = math.isqrt(state["blocks.0.proj_in.weight"].shape[1] // 3)
     blocks, layers = (1 + max(int(name.split(".")[i]) for name in state if "attn_blocks" in name) for i in (1, 3))
     num_classes = len(state.get("blocks.0.class_embed", ()))
-    return Config(math.isqrt(tokens) * patch_size, channels, patch_size, num_classes, width, blocks, layers)
+    return Config(math.isqrt(tokens) * patch_size, 3, patch_size, num_classes, width, blocks, layers)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,7 +349,7 @@ class RMSNorm(nn.Module):
     """x / RMS(x) over the last dimension, in at least float32. Without a scale: the layer that follows can hold it."""
 
     def forward(self, x):
-        return nnf.rms_norm(upcast(x), x.shape[-1:], eps=1e-6).to(x.dtype)
+        return nnf.rms_norm(x, x.shape[-1:], eps=1e-6).to(x.dtype)
 
 
 def rope_table(context: int, side: int, head_dim: int) -> Tensor:
@@ -481,13 +446,13 @@ class BiFlow(HubModel):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        B, D, width = config.blocks, config.dim, config.width
-        learned = config.denoise == "learned"
+        D, width = config.dim, config.width
+        blocks = config.blocks + (config.denoise == "learned")
         self.proj_in = nn.Linear(D, width)
         self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, width))
-        self.blocks = nn.ModuleList(ReverseBlock(config) for _ in range(B + learned))
+        self.blocks = nn.ModuleList(ReverseBlock(config) for _ in range(blocks))
         # One head for each state between z and x'; heads[j] reads block j. Naive distillation has none.
-        supervised = 0 if config.strategy == "naive" else B if learned else B - 1
+        supervised = 0 if config.strategy == "naive" else blocks - 1
         self.heads = nn.ModuleList(projection_head(width, D) for _ in range(supervised))
         if config.strategy == "hidden":  # the state itself is forced through token space
             self.lifts = nn.ModuleList(nn.Linear(D, width) for _ in range(supervised))
@@ -533,10 +498,8 @@ class BiFlow(HubModel):
 
     @torch.no_grad()
     def sample(self, z: Tensor, y: Tensor | None = None, w: Tensor | float = 0.0) -> Tensor:
-        """1-NFE sampling: z (N, T, D), y (N,), w in [0, w_max] -> x' (N, C, H, W). Each block is called once.
-
-        Without y, a class-conditional G gives the mean over the classes that fit z: it is no unconditional sampler.
-        """
+        """1-NFE sampling: z (N, T, D), y (N,), w in [0, w_max] -> x' (N, C, H, W). Each block is called once. Without
+        y, a class-conditional G gives the mean over the classes that fit z: it is no unconditional sampler."""
         y, w = self.conditions(z, y, w)
         h = self.proj_in(z) + self.pos_embed
         for j, block in enumerate(self.blocks):
@@ -585,16 +548,11 @@ def rms_normalize(x: Tensor) -> Tensor:
 
 def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
     """D, (N,): the squared difference summed over all dimensions, for which c = 0.01 was published."""
-    return (upcast(prediction) - upcast(target)).square().flatten(1).sum(1)
+    return (prediction.float() - target.float()).square().flatten(1).sum(1)
 
 
 def reverse_loss(
-    x_prime: Tensor,
-    predictions: dict[int, Tensor],
-    x: Tensor,
-    states: list[Tensor],
-    adaptive_p: float = 1.0,
-    trajectory_norm: bool = True,
+    x_prime: Tensor, predictions: dict[int, Tensor], x: Tensor, states: list[Tensor], p=1.0, trajectory_norm=True
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Stage 2: w_p D(x, x') + sum_i w_p D(x^i, predictions[i]), averaged over the batch.
 
@@ -608,7 +566,7 @@ def reverse_loss(
     loss, errors = 0.0, {}
     for name, (prediction, target) in pairs.items():
         distance = squared_distance(prediction, target)
-        loss = loss + (adaptive_weight(distance, adaptive_p) * distance).mean()
+        loss = loss + (adaptive_weight(distance, p) * distance).mean()
         errors[name] = distance.detach() / target.square().flatten(1).sum(1)
     return loss, errors
 
@@ -645,17 +603,15 @@ class PerceptualDistance(nn.Module):
         a = checkpoint(self.decode, x_prime, use_reentrant=False)  # its activations are most of the memory
         with torch.no_grad():
             b = self.decode(x)
-        a, b = (random_resized_crop(upcast(images), u, self.size) for images in (a, b))
-        distances = {name: upcast(net(a, b)).flatten() for name, net in self.nets.items()}
+        a, b = (random_resized_crop(images.float(), u, self.size) for images in (a, b))
+        distances = {name: net(a, b).float().flatten() for name, net in self.nets.items()}
         weighted = (self.weights[k] * (adaptive_weight(d, self.p) * d).mean() for k, d in distances.items())
         return sum(weighted), {k: d.detach() for k, d in distances.items()}
 
 
 def random_resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
     """Crop images (N, C, S, S) to a random area (0.08 to 1) and ratio (3/4 to 4/3), resize to (N, C, size, size).
-
-    u (N, 4): uniform numbers that decide area, ratio, x and y. A side longer than the image is cut to it [ours].
-    """
+    u (N, 4): uniform numbers that decide area, ratio, x and y. A side longer than the image is cut to it [ours]."""
     area, ratio = 0.08 + 0.92 * u[:, 0], torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3))
     w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
     zero = torch.zeros_like(w)
@@ -667,7 +623,7 @@ def random_resized_crop(x: Tensor, u: Tensor, size: int) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 5. Running the networks: precision, compilation, CUDA graphs, VAE
+# 5. Running the networks: precision, compilation, VAE
 
 
 def autocast(device: torch.device, enabled: bool):
@@ -677,59 +633,23 @@ def autocast(device: torch.device, enabled: bool):
 
 
 def freeze(model: nn.Module, device: torch.device, bf16: bool, compiled: bool):
-    """Make a frozen network ready: cast its linear layers (but PreciseLinear) once, compile it, replay what it can."""
+    """Make a frozen network ready: cast its linear layers (but PreciseLinear) once, and compile it."""
     model.to(device).eval().requires_grad_(False)
     for layer in model.modules():
         if bf16 and type(layer) is nn.Linear:
             layer.to(torch.bfloat16)
     if compiled:
         compile_blocks(model)
-    if compiled and device.type == "cuda":
-        if isinstance(model, BiFlow):
-            model.sample = Replay(model.sample)
-        else:
-            for block in model.blocks:
-                block.step = Replay(block.step)
 
 
 def compile_blocks(model: nn.Module):
-    """Compile blocks, and the exact inverse's step, in place, so that state dicts keep their names."""
+    """Compile blocks, and what their inverses call, in place, so that state dicts keep their names."""
     torch._dynamo.config.optimize_ddp = False  # it would cut each block into several graphs
     for block in model.blocks:
         block.compile()
         if isinstance(block, FlowBlock):
             block.step = torch.compile(block.step)
-
-
-class Replay:
-    """Replays a function of many small kernels as a CUDA graph, recorded when its inputs lie where they lay before. The
-    function works in place or returns one tensor."""
-
-    def __init__(self, function):
-        self.function, self.key, self.graph, self.out = function, None, None, None
-
-    def __call__(self, *inputs):
-        if is_in_torch_dispatch_mode():  # it counts operations, and would see none in a graph
-            return self.function(*inputs)
-        key = [(x.data_ptr(), x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x for x in inputs]
-        key.append(torch.is_autocast_enabled("cuda"))
-        if key != self.key:
-            self.key, self.graph, self.out = None, None, None
-            out = self.function(*inputs)  # this compiles, and sets up libraries, which cannot be recorded
-            self.key = key
-            return out
-        if self.graph is None:
-            self.graph, self.out = record(self.function, *inputs)
-        self.graph.replay()
-        return None if self.out is None else self.out.clone()  # the next replay overwrites it
-
-
-def record(function, *inputs):
-    """The CUDA graph of what function(*inputs) launches, and its result. Nothing runs before the graph is replayed."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as NCCL's, may go on
-        out = function(*inputs)
-    return graph, out
+            block.alpha_mu = torch.compile(block.alpha_mu)
 
 
 class VAE:
@@ -751,7 +671,6 @@ class VAE:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (N, C, h, w) -> images (N, 3, H, W) in about [-1, 1]. Differentiable."""
-        # CUDA's autocast would keep group_norm's activations in float32:
-        with torch.autocast(latents.device.type, enabled=False):
+        with torch.autocast(latents.device.type, enabled=False):  # it would keep group_norm's activations in float32
             latents = latents * self.std + self.mean
             return self.net.decode(latents.to(self.net.dtype)).sample.float()

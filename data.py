@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from biflow import SIZES, random_resized_crop
-from sample import EVAL, ORDER, RANK, TRAIN, WORLD, barrier, fail, load_vae, read_image
+from sample import EVAL, ORDER, RANK, TRAIN, WORLD, barrier, fail, load_vae, read_image, slow_group
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
@@ -167,20 +167,22 @@ def list_images(root):
     paths = sorted(p for p in paths if not any(part.startswith(HIDDEN) for part in p.relative_to(root).parts))
     files = [p for p in paths if p.suffix.lower() in IMAGE_TYPES and p.exists()]
     classes = sorted({p.relative_to(root).parts[0] for p in files if p.parent != root})
-    if classes:
+    loose = [p for p in files if p.parent == root]
+    if len(classes) == 1 and loose:
+        fail(f"{root} holds {len(loose)} images beside the folder {classes[0]}; move the one or the other away")
+    others = set(paths).difference(files)
+    skipped = Counter(p.suffix or p.name if p.exists() else f"dangling link {p}" for p in others)
+    if classes and loose:
         files = [p for p in files if p.parent != root]
-    skipped = Counter(p.suffix or p.name if p.exists() else f"dangling link {p}" for p in set(paths).difference(files))
-    if classes:
-        shown = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN)]
-        skipped.update(f"empty folder {name}" for name in shown if name not in classes)
+        skipped["images beside the class folders"] = len(loose)
+    shown = [p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(HIDDEN)]
+    skipped.update(f"empty folder {name}" for name in shown if name not in classes)
     if skipped and RANK == 0:
         print(f"{root}: skipped {dict(skipped)}; types that are read: {' '.join(sorted(IMAGE_TYPES))}")
     if len(files) < 2:
         fail(f"{root} holds {len(files)} images, too few; types that are read: {' '.join(sorted(IMAGE_TYPES))}")
     if len(classes) > 1 and SPLITS.issuperset(map(str.lower, classes)):
-        fail(
-            f"{root} holds the splits {', '.join(classes)}, not classes; give one of them, such as {root / classes[0]}"
-        )
+        fail(f"{root} holds the splits {', '.join(classes)}, not classes; give one, such as {root / classes[0]}")
     if len(classes) < 2:
         return files, [-1] * len(files), []
     label = {name: i for i, name in enumerate(classes)}
@@ -210,7 +212,7 @@ def load_folder(args, device):
     cache = Path(args.data).expanduser().resolve()
     if args.out.resolve().is_relative_to(cache):
         fail(f"--out {args.out} lies inside --data {args.data}, whose images its pictures would join")
-    if not (cache / "manifest.json").exists():
+    if not all((cache / name).exists() for name in ("manifest.json", "data.npy", "done.npy")):
         cache = find_cache(cache, args, device)
     try:
         info = json.loads((cache / "manifest.json").read_text())
@@ -218,10 +220,15 @@ def load_folder(args, device):
         good = np.flatnonzero(np.load(cache / "done.npy") == 1)
         assert len(np.load(cache / "data.npy", mmap_mode="r")) == len(labels), "data.npy has another length"
     except Exception as error:
-        fail(f"the cache {cache} is damaged ({type(error).__name__}: {error}); remove it, and it is made again")
+        fail(
+            f"the cache {cache} is damaged ({type(error).__name__}: {error}); remove it, and give the folder of images"
+        )
+    if len(good) < 2:
+        fail(f"of the images in {cache} {len(good)} can be read, too few; repair them, and remove the cache")
     if args.img_size not in (None, info["img_size"]):
         fail(f"the cache {cache} was made with --img-size {info['img_size']}, not {args.img_size}")
     info["cache"] = str(cache)
+    args.vae = info["vae"] or "none"
     val = good[np.unique(np.linspace(0, len(good) - 1, min(1000, max(1, len(good) // 20))).astype(int))]
     return Data(cache / "data.npy", labels, np.setdiff1d(good, val), val, val, "mirror", info)
 
@@ -258,6 +265,8 @@ def build_cache(cache, files, size, vae, device, args):
     if vae:
         shape, dtype = (2, 2, *vae.encode(torch.zeros(1, *shape, device=device)).shape[2:]), np.float16
     patch_size_for(shape[-1], args)
+    if size % shape[-1]:
+        fail(f"--img-size {size} is not a multiple of the side of the VAE's latents, {shape[-1]}")
     if RANK == 0 and not (cache / "done.npy").exists():
         cache.mkdir(parents=True, exist_ok=True)
         needed = len(files) * math.prod(shape) * np.dtype(dtype).itemsize
@@ -268,7 +277,9 @@ def build_cache(cache, files, size, vae, device, args):
     barrier()
     data, done = (np.load(cache / name, mmap_mode="r+") for name in ("data.npy", "done.npy"))
     todo = [i for i in range(RANK, len(files), WORLD) if not done[i]]
-    loader = DataLoader(Photos(files, size), 32, sampler=todo, num_workers=args.num_workers, collate_fn=list)
+    loader = DataLoader(
+        Photos(files, size), args.micro_batch or 32, sampler=todo, num_workers=args.num_workers, collate_fn=list
+    )
     for items in tqdm(loader, desc="reading images", disable=RANK > 0):
         indices, pixels, marks = map(np.array, zip(*items))
         if vae:
@@ -279,6 +290,8 @@ def build_cache(cache, files, size, vae, device, args):
         done[indices] = marks
         done.flush()
     barrier()
+    if not done.all():  # as network disks may do that several machines write to
+        fail(f"{np.sum(done == 0)} images are not in {cache}; the same command reads them")
     damaged = [str(files[i]) for i in np.flatnonzero(done == 2)]
     if damaged and RANK == 0:
         (cache / "damaged.txt").write_text("\n".join(damaged))
@@ -289,7 +302,9 @@ def build_cache(cache, files, size, vae, device, args):
     for i in range(RANK * 32, len(files), WORLD * 32):
         mean, logvar = torch.from_numpy(data[i : i + 32][done[i : i + 32] == 1]).double().unbind(2)
         sums += torch.stack([x.sum((0, 1, 3, 4)) for x in (torch.ones_like(mean), mean, mean**2 + logvar.exp())])
-    n, first, second = sum_over_processes(sums.to(device)).cpu().view(3, -1, 1, 1)
+    if WORLD > 1:  # only here on the device, since MPS has no float64
+        sums = sum_over_processes(sums.to(device)).cpu()
+    n, first, second = sums.view(3, -1, 1, 1)
     return dict(mean=(first / n).tolist(), std=(second / n - (first / n) ** 2).sqrt().tolist())
 
 
@@ -297,6 +312,14 @@ def sum_over_processes(x):
     if WORLD > 1:
         dist.all_reduce(x)
     return x
+
+
+def gather(x):
+    """The objects x of all processes."""
+    found = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(found, x, group=slow_group())
+    return found
 
 
 def write_aside(path, content):
@@ -390,9 +413,8 @@ def validation_batches(data, device, batch_size=256):
 
 def held_out(data, n=20):
     """n held-out samples, the classes in turn, to show beside generated ones."""
-    of_class = [data.test[data.labels[data.test] == k] for k in range(len(data.info["classes"]))] or [data.test]
-    of_class = [members for members in of_class if len(members)]
-    chosen = [of_class[k % len(of_class)][k // len(of_class) % len(of_class[k % len(of_class)])] for k in range(n)]
+    of_class = [data.test[data.labels[data.test] == label] for label in np.unique(data.labels[data.test])]
+    chosen = [members[k // len(of_class) % len(members)] for k, members in zip(range(n), of_class * n)]
     array = data.array
     x = np.stack([data.prepare(array[i], False, np.random.default_rng(int(i))) for i in chosen])
     return {"x": torch.from_numpy(x), "y": torch.from_numpy(data.labels[chosen])}
@@ -415,10 +437,8 @@ def load_classifier(data, args):
         nn.Linear(128, len(data.info["classes"])),
     )  # fmt: skip
     path = args.out.parent / "data" / f"features-{data.info['data']}.pt"
-    if path.exists():
-        net.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        batches = Batches(dataclasses.replace(data, fit=data.fit[1::2]), 128, seed=1)
+    if RANK == 0 and not path.exists():
+        batches = Batches(dataclasses.replace(data, fit=data.fit[1::2]), 128, seed=1, rank=0, world=1)
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
         for step in tqdm(range(1000), desc="perceptual network"):
             batch = to_device(batches[step], torch.device("cpu"))
@@ -426,5 +446,8 @@ def load_classifier(data, args):
             nnf.cross_entropy(net(x), batch.y).backward()
             optimizer.step()
             optimizer.zero_grad()
-        torch.save(net.state_dict(), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, net.state_dict())
+    barrier()
+    net.load_state_dict(torch.load(path, weights_only=True))
     return net[:-1]

@@ -10,35 +10,23 @@ Contents: the metrics, small images, photographs, speed, command line.
 """
 
 import argparse
+import itertools
 import re
-import statistics
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 from biflow import SIZES, BiFlow, TARFlow, unpatchify
-from data import TORCHVISION, Photos, list_images, load_digits, load_torchvision
-from sample import (
-    METHODS,
-    RANK,
-    WORLD,
-    Sampler,
-    check_output,
-    fail,
-    labels_in_turn,
-    run_script,
-    sample_noise,
-    setup,
-    to_uint8,
-)
+from data import TORCHVISION, Photos, gather, list_images, load_digits, load_torchvision
+from sample import METHODS, RANK, WORLD, Sampler, check_output, fail, labels_in_turn, run_script, setup, to_uint8
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The metrics, as functions of features
@@ -77,10 +65,8 @@ def precision_recall_coverage(real, fake, k=3):
     real, fake = torch.from_numpy(real).float(), torch.from_numpy(fake).float()
     distances = torch.cdist(real, fake)  # (n, m)
     real_radii, fake_radii = (torch.cdist(x, x).topk(k + 1, largest=False).values[:, -1] for x in (real, fake))
-    in_real_balls = distances <= real_radii[:, None]
-    shares = dict(
-        precision=in_real_balls.any(0), recall=(distances <= fake_radii).any(1), coverage=in_real_balls.any(1)
-    )
+    inside = distances <= real_radii[:, None]  # the balls of the real ones
+    shares = dict(precision=inside.any(0), recall=(distances <= fake_radii).any(1), coverage=inside.any(1))
     return {name: share.double().mean().item() for name, share in shares.items()}
 
 
@@ -115,8 +101,7 @@ class Judge:
             if not large:
                 return *net.coefs_, *net.intercepts_
             np.savez(path, *net.coefs_, *net.intercepts_)
-        with np.load(path) as file:
-            return [file[f"arr_{i}"] for i in range(4)]
+        return load_npz(path).values()
 
     def features(self, x):
         """Pixels (n, d) in [0, 1] -> the classifier's hidden features, and logits (n, classes)."""
@@ -132,7 +117,7 @@ class Judge:
             "FD": frechet_distance(*moments(fake), *self.test_moments),
             "FD px": frechet_distance(*moments(x), *self.test_moments_px),
             "IS": inception_score(logits, splits=1),
-            "accuracy": (logits.argmax(1) == labels).mean(),
+            "accuracy": (logits.argmax(1) == labels).mean() if (labels >= 0).all() else np.nan,
             **precision_recall_coverage(real, fake[: len(real)]),  # as many samples as there are real images
             "nearest": torch.cdist(few, torch.from_numpy(self.fit).float()).min(1).values.mean().item(),
         }
@@ -163,11 +148,17 @@ def quality_table(samplers, args):
     first = next(iter(samplers))
     judge = Judge(samplers[first].run["data"], Path(first).resolve().parent / "data")
     rows, times = judge.real_rows(), {}
+    names = {folder: re.sub(r"-\d+$", "", Path(folder).name) for folder in samplers}
+    seeds = Counter((names[folder], sampler.run["args"].get("seed")) for folder, sampler in samplers.items())
+    if max(seeds.values()) > 1:
+        fail(
+            "runs whose names differ in the last number alone are taken for seeds, but have the same --seed; rename one"
+        )
     args.n = args.n or (1000 if len(judge.test) < 1000 else 10_000)
     for folder, sampler in samplers.items():
-        name = re.sub(r"-\d+$", "", Path(folder).name) + " " if len(samplers) > 1 else ""
+        name = names[folder] + " " if len(samplers) > 1 else ""
         for method in args.method or sampler.methods:
-            for w in args.guidance if method.startswith("biflow") else [0.0]:
+            for w in args.guidance if method.startswith("biflow") or args.method else [0.0]:
                 draws = list(judge.draws(sampler, method, w, args))
                 if len(samplers) > 1:
                     draws = [{k: np.mean([draw[k] for draw in draws]) for k in draws[0]}]
@@ -189,12 +180,13 @@ def quality_table(samplers, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Photographs, by Inception. Each process takes its share; only moments, logits and the first features are kept
 
+KEPT = 10_000  # features
+
 
 def load_npz(path):
     """The arrays of an .npz, by name."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+        return dict(np.load(path))
     except Exception as error:  # zipfile, zlib and numpy raise many kinds
         fail(f"cannot read {path} ({error}); is it whole?")
 
@@ -207,26 +199,32 @@ def images_of(path, arrays):
     return images
 
 
+def share(n, args):
+    """This process's batches of the indices 0 .. n-1, which are dealt in turn. A large set is shuffled, so that the
+    features that are kept are not those of its first classes."""
+    order = np.arange(n) if n <= KEPT else np.random.default_rng(0).permutation(n)
+    return [order[i : i + args.batch] for i in range(RANK * args.batch, n, WORLD * args.batch)]
+
+
 def image_batches(source, args):
     """A folder of images, or uint8 images (n, H, W, 3) -> batches of uint8 (n, 3, S, S); of this process's share."""
     if isinstance(source, np.ndarray):
-        for i in range(RANK * args.batch, len(source), WORLD * args.batch):
-            yield torch.from_numpy(source[i : i + args.batch].transpose(0, 3, 1, 2).copy()).expand(-1, 3, -1, -1)
+        for indices in share(len(source), args):
+            yield torch.from_numpy(source[indices].transpose(0, 3, 1, 2).copy()).expand(-1, 3, -1, -1)
         return
     photos = Photos(list_images(Path(source))[0], args.img_size)
-    share = Subset(photos, range(RANK, len(photos), WORLD))
-    for items in DataLoader(share, args.batch, num_workers=args.num_workers, collate_fn=list):
-        damaged = [str(photos.files[i]) for i, _, readable in items if not readable]
+    batches = share(len(photos), args)
+    for items in DataLoader(photos, batch_sampler=batches, num_workers=args.num_workers, collate_fn=list):
+        damaged = [str(photos.files[i]) for i, _, mark in items if mark == 2]
         if damaged:
             fail(f"cannot read {', '.join(damaged)}; repair or remove them")
         yield torch.from_numpy(np.stack([pixels for _, pixels, _ in items]))
 
 
 def sample_batches(sampler, method, w, args):
-    for start in range(RANK * args.batch, args.n, WORLD * args.batch):
-        indices = range(start, min(start + args.batch, args.n))
-        y = labels_in_turn(indices, range(sampler.config.num_classes))
-        yield to_uint8(sampler.images(method, indices, y, w, args.seed)).expand(-1, 3, -1, -1)
+    y = labels_in_turn(range(args.n), range(sampler.config.num_classes))
+    for indices in share(args.n, args):
+        yield to_uint8(sampler.images(method, indices, y[indices], w, args.seed)).expand(-1, 3, -1, -1)
 
 
 def load_inception(weights, device):
@@ -244,7 +242,7 @@ def load_inception(weights, device):
 
 
 @torch.no_grad()
-def image_statistics(batches, inception, device, keep_logits, keep=10_000):
+def image_statistics(batches, inception, device, keep_logits):
     """Batches of uint8 images -> moments over all processes, in float64; logits and some features on the first."""
     count, total, products, logits, features = 0, 0.0, 0.0, [], []
     for images in tqdm(batches, desc="Inception", disable=RANK > 0):
@@ -252,18 +250,19 @@ def image_statistics(batches, inception, device, keep_logits, keep=10_000):
         wide = batch_features.astype(np.float64)
         count, total, products = count + len(wide), total + wide.sum(0), products + wide.T @ wide
         logits += [batch_logits] * keep_logits
-        features += [batch_features] * (count <= keep / WORLD)
-    shares = [(count, total, products, logits, features)]
-    if WORLD > 1:
-        shares = [None] * WORLD
-        dist.all_gather_object(shares, (count, total, products, logits, features))
-    count, total, products, logits, features = (sum(parts[1:], parts[0]) for parts in zip(*shares))
-    if count < 2:
-        fail(f"{count} images; a covariance needs two at least")
+        features += [batch_features] * (count - len(wide) < KEPT / WORLD)
+    *sums, logits, features = zip(*gather((count, total, products, logits, features)))
+    count, total, products = map(sum, sums)
     mean = total / count
     covariance = (products - count * np.outer(mean, mean)) / (count - 1)
-    kept = dict(features=features, logits=logits)
-    return dict(mu=mean, sigma=covariance, n=count) | {name: np.concatenate(x) for name, x in kept.items() if x}
+    found = dict(mu=mean, sigma=covariance, n=count, features=in_order(features)[:KEPT])
+    return found | (dict(logits=in_order(logits)) if keep_logits else {})
+
+
+def in_order(shares):
+    """The batches of all processes, which were dealt in turn, as one array."""
+    batches = itertools.chain(*itertools.zip_longest(*shares))
+    return np.concatenate([batch for batch in batches if batch is not None])
 
 
 def reference_statistics(path, size, inception, args, device):
@@ -277,10 +276,8 @@ def reference_statistics(path, size, inception, args, device):
         if images.shape[1] != size:
             fail(f"the images of {path} have {images.shape[1]} pixels a side, the others {size}")
         return image_statistics(image_batches(images, args), inception, device, keep_logits=False)
-    try:
-        mu, sigma = (arrays[prefix + name].astype(np.float64) for name in ("mu", "sigma"))
-        assert np.isfinite(mu).all() and np.isfinite(sigma).all() and sigma.shape == (2048, 2048)
-    except (KeyError, ValueError, AssertionError):
+    mu, sigma = (arrays.get(prefix + name, np.zeros(0)).astype(np.float64) for name in ("mu", "sigma"))
+    if sigma.shape != (2048, 2048) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         fail(f"mu and sigma of {path} are missing, not finite, or not those of 2048 features")
     if arrays.get("img_size", size) != size:
         fail(f"{path} was made of images of {arrays['img_size']} pixels, these have {size}; give --img-size")
@@ -298,15 +295,14 @@ def score_images(sources, size, args, device):
         metrics = {}
         if real:
             metrics["FID"] = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
-            if "features" in real and min(len(real["features"]), len(fake["features"])) > 3:
+            if "features" in real and min(real["n"], fake["n"]) > 3:
                 metrics |= precision_recall_coverage(real["features"], fake["features"])
         if "logits" in fake:
             metrics["IS"] = inception_score(fake["logits"])
         if RANK == 0:
             shown = ", ".join(f"{metric} {value:.3f}" for metric, value in metrics.items())
-            print(
-                f"{name}: {shown} ({fake['n']} images of {size} x {size}, seed {args.seed}, reference {args.reference})"
-            )
+            conditions = f"{fake['n']} images of {size} x {size}, seed {args.seed}, reference {args.reference}"
+            print(f"{name}: {shown} ({conditions})")
     if RANK == 0:
         print("Inception-v3 of torch-fidelity; uint8 by round(127.5 x + 127.5); IS in 10 shuffled splits")
 
@@ -327,46 +323,89 @@ class FlopCounter(TorchDispatchMode):
         return out
 
 
-def measure(sampler, method, n, w=0.0, repeats=5, count=False):
-    """Median ms per image of a batch of n, undecoded. With `count`: GFLOPs an image, and rounds of a block's layers."""
-    z = sample_noise(0, range(n), sampler.config).to(sampler.device)
-    y = labels_in_turn(range(n), range(sampler.config.num_classes)).to(sampler.device)
+class Replay:
+    """Replays a function of many small kernels as a CUDA graph, recorded when its inputs lie where they lay before. The
+    function works in place or returns one tensor."""
 
-    def run():
-        if method == "VAE decode":
-            return sampler.decode(unpatchify(z, sampler.config.patch_size))
-        return sampler(method, z, y, w)
+    def __init__(self, function):
+        self.function, self.key, self.graph, self.out = function, None, None, None
 
-    if count:
-        calls = []
-        hooks = [b.proj_out.register_forward_hook(lambda *_: calls.append(1)) for b in sampler.flow.blocks]
-        with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
-            run()
-        for hook in hooks:
-            hook.remove()
-        return counter.total / n / 1e9, len(calls) / len(sampler.flow.blocks)
+    def __call__(self, *inputs):
+        key = [(x.data_ptr(), x.shape, x.stride(), x.dtype) if torch.is_tensor(x) else x for x in inputs]
+        key.append(torch.is_autocast_enabled("cuda"))
+        if key != self.key:
+            self.key, self.graph, self.out = key, None, None
+            return self.function(*inputs)  # this compiles, and sets up libraries, which cannot be recorded
+        if self.graph is None:
+            self.graph, self.out = record(self.function, *inputs)
+        self.graph.replay()
+        return None if self.out is None else self.out.clone()  # the next replay overwrites it
+
+
+def record(function, *inputs):
+    """The CUDA graph of what function(*inputs) launches, and its result. Nothing runs before the graph is replayed."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, such as NCCL's, may go on
+        out = function(*inputs)
+    return graph, out
+
+
+def noise(sampler, n):
+    """z (n, T, D) and y (n,) on the device."""
+    z = torch.randn(n, sampler.config.tokens, sampler.config.dim, device=sampler.device)
+    return z, labels_in_turn(range(n), range(sampler.config.num_classes)).to(sampler.device)
+
+
+def call(sampler, method, z, y, w):
+    """A method's samples, undecoded; or what the VAE makes of z."""
+    if method == "VAE decode":
+        return sampler.decode(unpatchify(z, sampler.config.patch_size))
+    return sampler(method, z, y, w)
+
+
+def count(sampler, method, w):
+    """GFLOPs of a sample, and the rounds of a flow block's layers, one after another."""
+    calls = []
+    hooks = [b.proj_out.register_forward_hook(lambda *_: calls.append(1)) for b in sampler.flow.blocks]
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
+        call(sampler, method, *noise(sampler, 1), w)
+    for hook in hooks:
+        hook.remove()
+    return counter.total / 1e9, len(calls) / len(sampler.flow.blocks)
+
+
+def measure(sampler, method, n, w):
+    """Milliseconds a sample in a batch of n: the median of five calls."""
+    z, y = noise(sampler, n)
     times = []
-    for _ in range(repeats + 1):  # the first call warms up
+    for _ in range(6):  # the first call warms up
         start = time.perf_counter()
-        run().sum().item()  # .item() waits for the device
+        call(sampler, method, z, y, w).sum().item()  # .item() waits for the device
         times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[1:]) / n
+    return 1e3 * np.median(times[1:]) / n
 
 
 def speed_table(sampler, args):
     """A row for each method as soon as it is measured. "layers" counts the Transformer layers evaluated one after
-    another: they make the latency at batch 1. The ratios are to BiFlow's times."""
+    another: they make the latency at batch 1. The ratios are to the first row's times."""
     w, flow, reverse = args.guidance[0], sampler.flow, sampler.reverse
     methods = ["biflow", "biflow-2nfe"] * (reverse is not None) + ["exact", "jacobi", "exact+score"]
     methods += ["VAE decode"] * bool(sampler.run["vae"])
     heads = f"{'params M':>10}{'GFLOPs':>9}{'rounds':>8}{'layers':>8}"
     print(f"{'':12}{heads}" + "".join(f"{f'ms, batch {n}':>15}{'ratio':>8}" for n in (1, args.batch)))
-    base = {}
+    base, counts = {}, {method: count(sampler, method, w) for method in methods}
+    if args.compile and sampler.device.type == "cuda":  # at batch 1 the launches would take longer than the kernels
+        for block in flow.blocks:
+            block.step = Replay(block.step)
+        if reverse is not None:
+            reverse.sample = Replay(reverse.sample)
+            reverse.sample_two_pass = Replay(reverse.sample_two_pass)
     for method in methods:
         net = reverse if method.startswith("biflow") else flow if method != "VAE decode" else None
         params = f"{sum(p.numel() for p in net.parameters()) / 1e6:.1f}" if net else ""
-        flops, rounds = measure(sampler, method, 1, w, count=True)
-        layers = f"{len(net.blocks) * net.config.layers * max(1, rounds):.0f}" if net else ""
+        flops, rounds = counts[method]
+        blocks = len(net.blocks) + net.config.blocks * (method == "biflow-2nfe") if net else 0
+        layers = f"{blocks * net.config.layers * max(1, rounds):.0f}" if net else ""
         print(f"{method:12}{params:>10}{flops:9.3g}{rounds:8.4g}{layers:>8}", end="", flush=True)
         for n in (1, args.batch):
             try:
@@ -419,8 +458,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.size and (not args.speed or args.inputs):
         fail("--size belongs to --speed without a run")
-    if args.speed and (args.save_stats or args.reference):
-        fail("--speed measures the cost alone, without --save-stats and --reference")
+    if args.speed and (args.save_stats or args.reference or args.method or len(args.guidance) > 1 or WORLD > 1):
+        fail("--speed is of all methods, with one --guidance, on one process, without --save-stats and --reference")
     args.inputs = args.inputs or ["runs/reverse-toy"]
     if min(args.batch, args.draws) < 1 or args.n is not None and args.n < 4:
         fail("--n must be at least 4, --batch and --draws at least 1")
@@ -437,11 +476,13 @@ def main(argv=None):
     first = Path(args.inputs[0])
     if args.speed and args.size:
         return speed_table(random_sampler(args.size, device, args), args)
-    if not (first / "run.json").exists() and first.exists() and not args.speed:
+    images = not (first / "run.json").exists() and first.exists()
+    if len(args.inputs) > 1 and (images or args.speed):
+        fail("give several runs, or one folder or .npz of images, or one run for --speed")
+    if images and not args.speed:
         source = images_of(first, load_npz(first)) if first.is_file() else first
-        size = source.shape[1] if first.is_file() else args.img_size or 256
-        args.img_size = args.img_size or size
-        return score_images({first: image_batches(source, args)}, size, args, device)
+        args.img_size = source.shape[1] if first.is_file() else args.img_size or 256
+        return score_images({first: image_batches(source, args)}, args.img_size, args, device)
     samplers = {folder: Sampler.load(folder, device, args) for folder in args.inputs}
     sampler = samplers[args.inputs[0]]
     for each in samplers.values():
@@ -449,16 +490,23 @@ def main(argv=None):
             for w in args.guidance:
                 each.check(method, w)
     if args.speed:
+        sampler.check("exact", 0.0)
         return speed_table(sampler, args)
-    if len({each.run["data"] for each in samplers.values()}) > 1:
-        fail("runs of different data have no common reference; give them one at a time")
+    if len({(each.run["data"], each.run["img_size"]) for each in samplers.values()}) > 1:
+        fail("runs of different data, or sizes of images, have no common reference; give them one at a time")
     if sampler.run["data"] in ("digits", *TORCHVISION):
-        if args.reference:
-            fail("small images have their own reference; --reference is for photographs")
+        if args.reference or args.save_stats:
+            fail("small images have their own reference; --reference and --save-stats are for photographs")
+        if WORLD > 1:
+            fail("small images are scored by one process; leave out torchrun")
         return quality_table(samplers, args)
     args.n, args.img_size = args.n or 50_000, sampler.run["img_size"]
-    draws = [(m, w) for m in args.method or sampler.methods[-1:] for w in args.guidance]
-    sources = {f"{m} w={w:g}": sample_batches(sampler, m, w, args) for m, w in draws}
+    sources = {}
+    for folder, each in samplers.items():
+        for m, w in itertools.product(args.method or each.methods[-1:], args.guidance):
+            sources[f"{folder} {m} w={w:g}"] = sample_batches(each, m, w, args)
+    if args.save_stats and len(sources) > 1:
+        fail("--save-stats is for one run, --method and --guidance")
     score_images(sources, args.img_size, args, device)
 
 

@@ -224,10 +224,10 @@ class Sampler:
 
     def __init__(self, flow, reverse, run, device, args):
         self.flow, self.reverse, self.run, self.device, self.bf16 = flow, reverse, run, device, args.bf16
-        self.config = (flow or reverse).config
+        self.config = (reverse or flow).config
         for model in filter(None, (flow, reverse)):
             freeze(model, device, args.bf16, args.compile)
-        self.decoder = load_decoder(run, device, args.bf16)
+        self.decoder = load_decoder(run, device, bf16=False)  # for comparable FIDs
 
     @classmethod
     def load(cls, folder, device, args):
@@ -255,6 +255,8 @@ class Sampler:
         w_max = self.reverse.config.w_max if method in ("biflow", "biflow+score") else float("inf")
         if not 0 <= w <= w_max:
             fail(f"guidance {w:g} is outside [0, {w_max:g}], the range of {method} in this run")
+        if w and not self.config.num_classes:
+            fail("this run has no classes, and so no guidance")
 
     def __call__(self, method, z, y, w=0.0):
         """z (N, T, D), y (N,) -> what the models see, (N, C, H, W)."""
@@ -281,7 +283,10 @@ class Sampler:
     def images(self, method, indices, y, w=0.0, seed=0):
         """The images of these indices and labels."""
         z = sample_noise(seed, indices, self.config).to(self.device)
-        return self.decode(self(method, z, y.to(self.device), w))
+        x = self.decode(self(method, z, y.to(self.device), w))
+        if not x.isfinite().all():  # they would become black pixels
+            fail(f"{method} at w = {w:g} gives images that are not finite")
+        return x
 
     def draw(self, method, labels, w, seed, batch):
         """As many uint8 images as labels (n,), so many at a time."""
@@ -315,8 +320,10 @@ def parse(argv):
     args = parser.parse_args(argv)
     if min(args.n, args.batch) < 1 or args.seed < 0:
         fail("--n and --batch must be at least 1, --seed at least 0")
-    if args.edit and args.trajectory:
-        fail("--edit goes without --trajectory")
+    if WORLD > 1:
+        fail("sampling takes one process; leave out torchrun (fid.py takes several)")
+    if bool(args.edit) + args.trajectory + bool(args.npz or args.classes) > 1:
+        fail("give --edit, or --trajectory, or --npz and --classes")
     if (args.to or args.mask or args.source != "none") and not args.edit:
         fail("--from, --to and --mask belong to --edit IMAGE")
     return args
@@ -333,6 +340,7 @@ def main(argv=None):
     if args.edit:
         rows = edit(sampler, args)
     elif args.trajectory:
+        sampler.check("biflow", 0.0)
         real = load_real(args.run)
         rows = trajectory(sampler, real["x"][:10].to(device), real["y"][:10].to(device), args.seed)
     else:
@@ -348,7 +356,7 @@ def samples(sampler, args):
         chosen = [label_of(name, sampler.run["classes"]) for name in args.classes.split(",")]
     labels = labels_in_turn(range(args.n), chosen)
     draws = [(method, w) for method in args.method or sampler.methods for w in args.guidance or [0.0]]
-    if "biflow" in sampler.methods and not (args.method or args.guidance):
+    if "biflow" in sampler.methods and len(chosen) and not (args.method or args.guidance):
         w_max = sampler.reverse.config.w_max
         draws += [("biflow", w) for w in (w_max / 4, w_max) if w > 0]
     for method, w in draws:
@@ -407,7 +415,6 @@ def load_image(file, size):
 
 def trajectory(sampler, x, y, seed):
     """The states of the flow down to z, and what G's heads predict of them on the way back, each divided by its RMS."""
-    sampler.check("biflow", 0.0)
     states = sampler.encode(x, y, seed)
     with torch.no_grad(), autocast(sampler.device, sampler.bf16):
         x_prime, predictions = sampler.reverse(states[-1], y, 0.0)

@@ -43,7 +43,7 @@ from sample import RANK, WORLD, barrier, fail, load_decoder, run_script, sample_
 # 640 epochs of 1251 steps, after a warm-up of 20.
 TOY = dict(
     data="digits", vae="none", steps=800, batch_size=128, lr=3e-3, weight_decay=0.3, warmup=100, schedule="cosine",
-    log_every=25, save_every=400, num_workers=0,
+    log_every=25, save_every=400, num_workers=0, compile=False,  # which would take longer than the training
 )  # fmt: skip
 IMAGENET = dict(
     data=None, vae="stabilityai/sd-vae-ft-mse", steps=800_000, batch_size=1024, micro_batch=32, lr=4e-4,
@@ -169,12 +169,12 @@ def train_loop(args, device, model, run, data, loss_fn, evaluate):
         update(parts, step, skip, args)
         skip, stopping = sum_over_processes(torch.stack([skip, torch.full_like(skip, len(asked))])).tolist()
         done = step + 1
+        in_a_row = in_a_row + 1 if skip else 0
         if skip:  # its values are not finite either
-            skipped, in_a_row, totals, since = skipped + 1, in_a_row + 1, {}, done
+            skipped += 1
+            totals, since, clock = {}, done, time.perf_counter()
             if in_a_row == 5:
                 fail(f"step {done}: five gradients in a row are not finite; {args.out} keeps its last checkpoint")
-        else:
-            in_a_row = 0
 
         # Log:
         if totals and (done % args.log_every == 0 or done == args.steps):
@@ -190,14 +190,15 @@ def train_loop(args, device, model, run, data, loss_fn, evaluate):
         if done % args.save_every == 0 or done == args.steps or stopping:
             if RANK == 0 and not args.benchmark:
                 save_checkpoint(args, run, parts, done, skipped)
-                if not stopping:
+                if not stopping or done == args.steps:
                     report(args, done, *evaluate(ema), bar)
             barrier()
             clock = time.perf_counter()
         if stopping:
-            bar.write(f"stopped at step {done}; the same command goes on from there")
+            if RANK == 0:
+                bar.write(f"stopped at step {done}; the same command goes on from there")
             break
-    if args.benchmark and RANK == 0:
+    if args.benchmark and RANK == 0 and done == args.steps:
         memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device.type == "cuda" else ""
         print(f"{WORLD} x {device.type}: {speed:.1f} images/s, {1e3 * args.batch_size / speed:.1f} ms a step{memory}")
 
@@ -226,7 +227,8 @@ def update(parts, step, skip, args):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     optimizer.found_inf = skip
-    optimizer.step()
+    if skip.device.type != "mps" or not skip:  # whose kernel ignored it before torch 2.13
+        optimizer.step()
     optimizer.zero_grad()
     decay = min(args.ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(parts["ema"].parameters()), list(parts["model"].parameters()), 1 - decay)
@@ -284,7 +286,7 @@ def shared_flags(description):
     add("--num-workers", type=int, help="processes that load data (%(default)s)")
     add("--seed", type=int, default=0, help="of the weights and of all noise (%(default)s)")
     add("--benchmark", action="store_true", help="20 steps on random latents; print their cost, write nothing")
-    add("--resume", metavar="CKPT", help="a checkpoint to go on from (the newest of --out)")
+    add("--resume", metavar="CKPT", help="a checkpoint to begin from, or an older one of --out (its newest)")
     add("--fresh", action="store_true", help="start over; an existing run folder is renamed")
     add("--compile", action=on_off, help="torch.compile (on CUDA, from size B up)")
     add("--bf16", action=on_off, help="bfloat16 autocast (on CUDA)")
@@ -297,16 +299,16 @@ def parse_args(parser, presets, argv):
     """Parse twice, since --size decides the defaults: `--size B --help` shows those of B."""
     only_size = argparse.ArgumentParser(add_help=False)
     only_size.add_argument("--size", choices=SIZES, default="toy")
-    parser.set_defaults(**presets[only_size.parse_known_args(argv)[0].size])
+    preset = presets[only_size.parse_known_args(argv)[0].size]
+    parser.set_defaults(**preset)
     args = parser.parse_args(argv)
     for name, least in LEAST.items():
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             fail(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if args.compile is None and args.size in ("toy", "S"):
-        args.compile = False  # it would take longer than the training
     if args.benchmark:
-        args.data, args.steps, args.log_every = args.data or "random", 20, 10
+        args.data = "random" if args.data == preset["data"] else args.data
+        args.steps, args.log_every = 20, 10
     return args
 
 
@@ -316,7 +318,6 @@ def float_or_none(text):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Run folders: config.json, model.safetensors (the averaged weights), run.json, checkpoint.pt, metrics.jsonl, pictures
-
 
 run_locks = {}
 
@@ -338,7 +339,11 @@ def open_run(args, run, data):
             import fcntl
 
             run_locks[out] = open(out / "lock", "w")
-            fcntl.flock(run_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(run_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if isinstance(error, BlockingIOError):
+                    raise  # others come from file systems without locks
         state = load_checkpoint(out, args.resume)
         if state:
             refuse_changes(args, run, state)
@@ -376,11 +381,12 @@ def load_checkpoint(out, resume):
         paths = [Path(resume)]
     for path in paths:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
             assert "args" in state, "it is no checkpoint of a run"
             return state
         except Exception as error:  # zipfile, pickle and torch raise many kinds
-            print(f"the checkpoint {path} is damaged or missing ({str(error).splitlines()[0]})")
+            if RANK == 0:
+                print(f"the checkpoint {path} is damaged or missing ({str(error).splitlines()[0]})")
     if paths or (out / "run.json").exists():
         fail(f"{resume or out} has no checkpoint that loads; --fresh starts over, --out goes elsewhere")
 
@@ -425,11 +431,9 @@ def log(args, **line):
 
 def read_metrics(folder):
     """The lines of metrics.jsonl, but for one that a kill cut off."""
-    path, lines = folder / "metrics.jsonl", []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        if line.startswith('{"step": ') and line.endswith("}"):
-            lines.append(json.loads(line))
-    return lines
+    path = folder / "metrics.jsonl"
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.startswith('{"step": ') and line.endswith("}")]
 
 
 def save_curves(out):

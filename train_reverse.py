@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 
 from biflow import SIZES, BiFlow, FeatureDistance, PerceptualDistance, TARFlow, autocast, freeze, reverse_loss
-from data import load_classifier, load_data_of, validation_batches
+from data import TORCHVISION, load_classifier, load_data_of, validation_batches
 from sample import RANK, fail, load_decoder, load_run, run_script, sample_noise, setup, weights_hash
 from train_forward import PRESETS as FORWARD_PRESETS
 from train_forward import config_of, parse_args, shared_flags, train
 
 # As in stage 1, but for these; data, VAE and sigma come from the forward run.
 PRESETS = {size: preset | dict(data=None, vae=None) for size, preset in FORWARD_PRESETS.items()}
-PRESETS["toy"].update(lr=1.2e-2, lpips=0.0, convnext=0.0)
-PRESETS["S"].update(steps=2000, lr=4e-3, lpips=0.0, convnext=0.0)
+PRESETS["toy"].update(steps=500, lr=1.2e-2, lpips=0.0, convnext=0.0)
+PRESETS["S"].update(steps=1200, lr=4e-3, lpips=0.0, convnext=0.0)
 for size, fits in (("B", 8), ("L", 8), ("XL", 2)):  # images at a time in 24 GB; 160 epochs, as in the paper's ablations
     PRESETS[size].update(micro_batch=fits, steps=200_000, lpips=0.4, convnext=0.1)
 
@@ -97,6 +97,8 @@ def load_perceptual(decode, data, args, device):
     except Exception as error:  # no network and no cached weights
         fail(f"cannot load the perceptual networks ({error}); --lpips 0 --convnext 0 goes on without them")
     if args.features:
+        if data.info["data"] not in ("digits", *TORCHVISION):
+            fail("--features is for digits, MNIST and its like; photographs have --lpips and --convnext")
         size = data.info["img_size"]
         nets["features"] = FeatureDistance(load_classifier(data, args), (0.5,), (0.5,))
     return PerceptualDistance(decode, nets, weights, args.adaptive_p, size).to(device) if nets else None
@@ -121,7 +123,7 @@ def main(argv=None):
         fail(f"--out {args.out} is the flow's run; give another folder")
     device = setup(args)
 
-    if args.benchmark and not args.forward.exists():  # random weights cost what trained ones do
+    if args.data == "random":  # random weights cost what trained ones do
         flow, forward_run = TARFlow(SIZES[args.size]), dict(data="random", cache=None, vae=None, sigma=0.3)
         args.lpips = args.convnext = 0.0
         if RANK == 0:
@@ -129,11 +131,13 @@ def main(argv=None):
     else:
         flow, forward_run = load_run(args.forward, "forward")
         step, steps = forward_run["step"], forward_run["args"].get("steps", 0)
-        if step < steps:
+        if step < steps and RANK == 0:
             print(f"warning: {args.forward} is not finished: step {step} of {steps}")
     data = load_data_of(forward_run, args, device)
     if flow.config.num_classes not in (0, len(data.info["classes"])):  # an unconditional flow's G ignores the labels
         fail(f"the data have {len(data.info['classes'])} classes, the flow {flow.config.num_classes}")
+    if args.patch_size not in (None, flow.config.patch_size):
+        fail(f"--patch-size is the flow's, {flow.config.patch_size}")
     freeze(flow, device, args.bf16, args.compile)
     same = ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")
     fields = {name: getattr(flow.config, name) for name in same}
