@@ -220,9 +220,7 @@ def load_folder(args, device):
         good = np.flatnonzero(np.load(cache / "done.npy") == 1)
         assert len(np.load(cache / "data.npy", mmap_mode="r")) == len(labels), "data.npy has another length"
     except Exception as error:
-        fail(
-            f"the cache {cache} is damaged ({type(error).__name__}: {error}); remove it, and give the folder of images"
-        )
+        fail(f"the cache {cache} is damaged ({type(error).__name__}: {error}); remove it, and give its images")
     if len(good) < 2:
         fail(f"of the images in {cache} {len(good)} can be read, too few; repair them, and remove the cache")
     if args.img_size not in (None, info["img_size"]):
@@ -277,9 +275,8 @@ def build_cache(cache, files, size, vae, device, args):
     barrier()
     data, done = (np.load(cache / name, mmap_mode="r+") for name in ("data.npy", "done.npy"))
     todo = [i for i in range(RANK, len(files), WORLD) if not done[i]]
-    loader = DataLoader(
-        Photos(files, size), args.micro_batch or 32, sampler=todo, num_workers=args.num_workers, collate_fn=list
-    )
+    batch = args.micro_batch or 32
+    loader = DataLoader(Photos(files, size), batch, sampler=todo, num_workers=args.num_workers, collate_fn=list)
     for items in tqdm(loader, desc="reading images", disable=RANK > 0):
         indices, pixels, marks = map(np.array, zip(*items))
         if vae:

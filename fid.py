@@ -148,15 +148,13 @@ def quality_table(samplers, args):
     first = next(iter(samplers))
     judge = Judge(samplers[first].run["data"], Path(first).resolve().parent / "data")
     rows, times = judge.real_rows(), {}
-    names = {folder: re.sub(r"-\d+$", "", Path(folder).name) for folder in samplers}
-    seeds = Counter((names[folder], sampler.run["args"].get("seed")) for folder, sampler in samplers.items())
+    group = {folder: re.sub(r"-\d+$", "", Path(folder).name) for folder in samplers}
+    seeds = Counter((group[folder], sampler.run["args"].get("seed")) for folder, sampler in samplers.items())
     if max(seeds.values()) > 1:
-        fail(
-            "runs whose names differ in the last number alone are taken for seeds, but have the same --seed; rename one"
-        )
+        fail("runs NAME-NUMBER are taken for seeds of one setting, but two of a NAME have the same --seed; rename one")
     args.n = args.n or (1000 if len(judge.test) < 1000 else 10_000)
     for folder, sampler in samplers.items():
-        name = names[folder] + " " if len(samplers) > 1 else ""
+        name = group[folder] + " " if len(samplers) > 1 else ""
         for method in args.method or sampler.methods:
             for w in args.guidance if method.startswith("biflow") or args.method else [0.0]:
                 draws = list(judge.draws(sampler, method, w, args))
@@ -427,8 +425,9 @@ def random_sampler(size, device, args):
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        ).to(device, torch.bfloat16 if args.bf16 else torch.float32).requires_grad_(False)  # fmt: skip
-        sampler.run["vae"], sampler.decoder = "random", lambda x: vae.decode(x.to(vae.dtype)).sample.float()
+        ).to(device).to(memory_format=torch.channels_last).requires_grad_(False)  # fmt: skip
+        sampler.run["vae"] = "random"
+        sampler.decoder = lambda x: vae.decode(x).sample
     return sampler
 
 
