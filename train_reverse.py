@@ -19,7 +19,7 @@ from train_forward import config_of, parse_args, shared_flags, train
 
 # As in stage 1, but for these; data, VAE and sigma come from the forward run.
 PRESETS = {size: preset | dict(data=None, vae=None) for size, preset in FORWARD_PRESETS.items()}
-PRESETS["toy"].update(steps=400, lr=1.2e-2, lpips=0.0, convnext=0.0)
+PRESETS["toy"].update(steps=400, save_every=100, lr=1.2e-2, lpips=0.0, convnext=0.0)
 PRESETS["S"].update(steps=1200, lr=4e-3, lpips=0.0, convnext=0.0)
 for size, fits in (("B", 8), ("L", 8), ("XL", 2)):  # images at a time in 24 GB; 160 epochs, as in the paper's ablations
     PRESETS[size].update(micro_batch=fits, steps=200_000, lpips=0.4, convnext=0.1)
