@@ -348,10 +348,10 @@ def record(function, *inputs):
     return graph, out
 
 
-def noise(sampler, n):
-    """z (n, T, D) and y (n,) on the device."""
-    z = torch.randn(n, sampler.config.tokens, sampler.config.dim, device=sampler.device)
-    return z, labels_in_turn(range(n), range(sampler.config.num_classes)).to(sampler.device)
+def noise_and_labels(sampler, n):
+    """z (n, T, D) and y (n,), on the device."""
+    y = labels_in_turn(range(n), range(sampler.config.num_classes))
+    return sampler.noise(range(n)), y.to(sampler.device)
 
 
 def call(sampler, method, z, y, w):
@@ -366,7 +366,7 @@ def count(sampler, method, w):
     calls = []
     hooks = [b.proj_out.register_forward_hook(lambda *_: calls.append(1)) for b in sampler.flow.blocks]
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
-        call(sampler, method, *noise(sampler, 1), w)
+        call(sampler, method, *noise_and_labels(sampler, 1), w)
     for hook in hooks:
         hook.remove()
     return counter.total / 1e9, len(calls) / len(sampler.flow.blocks)
@@ -374,7 +374,7 @@ def count(sampler, method, w):
 
 def measure(sampler, method, n, w):
     """Milliseconds a sample in a batch of n: the median of five calls."""
-    z, y = noise(sampler, n)
+    z, y = noise_and_labels(sampler, n)
     times = []
     for _ in range(6):  # the first call warms up
         start = time.perf_counter()

@@ -280,10 +280,13 @@ class Sampler:
         with torch.no_grad(), autocast(self.device, self.bf16):
             return self.flow(x + self.run["sigma"] * eps.to(self.device), y)[0]
 
+    def noise(self, indices, seed=0):
+        """z (N, T, D) of these indices, on the device."""
+        return sample_noise(seed, indices, self.config).to(self.device)
+
     def images(self, method, indices, y, w=0.0, seed=0):
         """The images of these indices and labels."""
-        z = sample_noise(seed, indices, self.config).to(self.device)
-        x = self.decode(self(method, z, y.to(self.device), w))
+        x = self.decode(self(method, self.noise(indices, seed), y.to(self.device), w))
         if not x.isfinite().all():  # they would become black pixels
             fail(f"{method} at w = {w:g} gives images that are not finite")
         return x
@@ -398,7 +401,7 @@ def edit(sampler, args):
         if not mask.any():
             fail(f"{args.mask} has no white, where the image would be redrawn")
         redraw = nnf.adaptive_max_pool2d(mask.float(), config.img_size // config.patch_size).view(1, -1, 1)
-        z = torch.where(redraw > 0, sample_noise(args.seed, range(n), config).to(device), z[:1])
+        z = torch.where(redraw > 0, sampler.noise(range(n), args.seed), z[:1])
         rows["masked"] = torch.where(mask, 1.0, rows["input"])
     for name, y in zip(names, labels):
         rows[f"as {name}"] = sampler.decode(sampler(method, z, y, w))
