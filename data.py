@@ -299,9 +299,7 @@ def build_cache(cache, files, size, vae, device, args):
     for i in range(RANK * 32, len(files), WORLD * 32):
         mean, logvar = torch.from_numpy(data[i : i + 32][done[i : i + 32] == 1]).double().unbind(2)
         sums += torch.stack([x.sum((0, 1, 3, 4)) for x in (torch.ones_like(mean), mean, mean**2 + logvar.exp())])
-    if WORLD > 1:  # only here on the device, since MPS has no float64
-        sums = sum_over_processes(sums.to(device)).cpu()
-    n, first, second = sums.view(3, -1, 1, 1)
+    n, first, second = sum(gather(sums)).view(3, -1, 1, 1)
     return dict(mean=(first / n).tolist(), std=(second / n - (first / n) ** 2).sqrt().tolist())
 
 

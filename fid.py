@@ -184,7 +184,8 @@ KEPT = 10_000  # features
 def load_npz(path):
     """The arrays of an .npz, by name."""
     try:
-        return dict(np.load(path))
+        with np.load(path) as file:
+            return dict(file)
     except Exception as error:  # zipfile, zlib and numpy raise many kinds
         fail(f"cannot read {path} ({error}); is it whole?")
 
@@ -263,7 +264,7 @@ def in_order(shares):
     return np.concatenate([batch for batch in batches if batch is not None])
 
 
-def reference_statistics(path, size, inception, args, device):
+def reference_statistics(path, inception, args, device):
     """Of an .npz with mu and sigma (ADM's, pytorch-fid's, ours) or ref_mu and ref_sigma (iMF's), or of images."""
     if path.is_dir():
         return image_statistics(image_batches(path, args), inception, device, keep_logits=False)
@@ -271,21 +272,22 @@ def reference_statistics(path, size, inception, args, device):
     prefix = "ref_" if "ref_mu" in arrays else ""
     if prefix + "mu" not in arrays:
         images = images_of(path, arrays)
-        if images.shape[1] != size:
-            fail(f"the images of {path} have {images.shape[1]} pixels a side, the others {size}")
+        if images.shape[1] != args.img_size:
+            fail(f"the images of {path} have {images.shape[1]} pixels a side, the others {args.img_size}")
         return image_statistics(image_batches(images, args), inception, device, keep_logits=False)
     mu, sigma = (arrays.get(prefix + name, np.zeros(0)).astype(np.float64) for name in ("mu", "sigma"))
     if sigma.shape != (2048, 2048) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         fail(f"mu and sigma of {path} are missing, not finite, or not those of 2048 features")
-    if arrays.get("img_size", size) != size:
-        fail(f"{path} was made of images of {arrays['img_size']} pixels, these have {size}; give --img-size")
+    if arrays.get("img_size", args.img_size) != args.img_size:
+        fail(f"{path} was made of images of {arrays['img_size']} pixels, these have {args.img_size}; give --img-size")
     return dict(mu=mu, sigma=sigma)
 
 
-def score_images(sources, size, args, device):
+def score_images(sources, args, device):
     """{name: batches} -> a line each, with all that its metrics depend on."""
+    size = args.img_size
     inception = load_inception(args.inception_weights, device)
-    real = reference_statistics(args.reference, size, inception, args, device) if args.reference else {}
+    real = reference_statistics(args.reference, inception, args, device) if args.reference else {}
     for name, batches in sources.items():
         fake = image_statistics(batches, inception, device, keep_logits=not args.save_stats)  # ImageNet's take 5 GB
         if args.save_stats and RANK == 0:
@@ -481,7 +483,7 @@ def main(argv=None):
     if images and not args.speed:
         source = images_of(first, load_npz(first)) if first.is_file() else first
         args.img_size = source.shape[1] if first.is_file() else args.img_size or 256
-        return score_images({first: image_batches(source, args)}, args.img_size, args, device)
+        return score_images({first: image_batches(source, args)}, args, device)
     samplers = {folder: Sampler.load(folder, device, args) for folder in args.inputs}
     sampler = samplers[args.inputs[0]]
     for each in samplers.values():
@@ -506,7 +508,7 @@ def main(argv=None):
             sources[f"{folder} {m} w={w:g}"] = sample_batches(each, m, w, args)
     if args.save_stats and len(sources) > 1:
         fail("--save-stats is for one run, --method and --guidance")
-    score_images(sources, args.img_size, args, device)
+    score_images(sources, args, device)
 
 
 if __name__ == "__main__":

@@ -1267,7 +1267,7 @@ def test_sample_depends_on_method_seed_class_and_index_alone(sampler, method):
     x = flow.denoise(x, y, 0.1) if method.endswith("+score") else x
     whole = sampler.images(method, range(6), y, 0.5)
     close(whole, x, 1e-2 if method == "jacobi" else 1e-5)
-    close(sampler.images(method, [4, 2], y[[4, 2]], 0.5), whole[[4, 2]], 1e-2 if method == "jacobi" else 1e-3)
+    close(sampler.images(method, [4, 2], y[[4, 2]], 0.5), whole[[4, 2]], 1e-3)
     assert not torch.allclose(sampler.images(method, range(6), y, 0.5, seed=1), whole)
     assert not torch.allclose(sampler.images(method, range(6), y + 1, 0.5), whole)
     assert abs(sample_noise(0, range(500), sampler.config).std() - 1) < 0.02
@@ -1553,8 +1553,7 @@ def bad(tmp_path_factory, toy, photos):
     shutil.copytree(root / "splits/train", root / "broken")
     (root / "broken/00.png").write_bytes(b"")
     shutil.copytree(root / "splits", root / "mixed")
-    draw_images(root / "mixed/loose", 1)
-    (root / "mixed/loose/00.png").rename(root / "mixed/00.png")
+    shutil.copy(root / "mixed/train/00.png", root / "mixed")
     draw_images(root / "splits/val", 2)
     cache = load(f"--data {photos} --img-size 32 --out {root / 'run'}").info["cache"]
     for name in ("cache", "cut_cache"):

@@ -341,9 +341,10 @@ def open_run(args, run, data):
             run_locks[out] = open(out / "lock", "w")
             try:
                 fcntl.flock(run_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if isinstance(error, BlockingIOError):
-                    raise  # others come from file systems without locks
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass  # a file system without locks
         state = load_checkpoint(out, args.resume)
         if state:
             refuse_changes(args, run, state)
