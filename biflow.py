@@ -432,7 +432,7 @@ class ReverseBlock(nn.Module):
 
 
 def projection_head(width: int, dim: int) -> nn.Sequential:
-    """phi_i: hidden tokens (N, T, width) -> token space (N, T, D), linear."""
+    """phi_i: hidden tokens (N, T, width) -> token space (N, T, D), linear after an RMSNorm."""
     return nn.Sequential(RMSNorm(), PreciseLinear(width, dim))
 
 
@@ -554,7 +554,7 @@ def squared_distance(prediction: Tensor, target: Tensor) -> Tensor:
 def reverse_loss(
     x_prime: Tensor, predictions: dict[int, Tensor], x: Tensor, states: list[Tensor], p=1.0, trajectory_norm=True
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Stage 2: w_p D(x, x') + sum_i w_p D(x^i, predictions[i]), averaged over the batch.
+    """Stage 2: w_p D(x, x') + sum_i w_p D(x^i, predictions[i]), averaged over the batch [ours: x' counts as a state].
 
     x' and its target x (N, C, H, W): the clean image, or the noisy one where there is no denoise block; states: the
     flow's trajectory, (N, T, D) each. The strategy decides which predictions there are; naive distillation has none.

@@ -206,7 +206,7 @@ class Photos(torch.utils.data.Dataset):
 
 
 def load_folder(args, device):
-    """A cache, or a folder of images whose cache lies, or is now made, beside the runs. 5 % are for validation."""
+    """A cache, or a folder of images, which is cached beside the runs. 5 % are for validation."""
     if not args.data or not Path(args.data).expanduser().is_dir():
         fail(f"--data {args.data} is not a folder; give a folder of images or class folders, a cache, or {DATA_SETS}")
     cache = Path(args.data).expanduser().resolve()

@@ -1,4 +1,4 @@
-"""Measure runs: quality (FD or FID, IS, precision, recall, coverage) and cost (NFE, parameters, GFLOPs, time).
+"""Measure runs: quality (FD or FID, IS, precision, recall, coverage) and cost (parameters, GFLOPs, layers, time).
 
     python fid.py                                                     # runs/reverse-toy, against held-out digits
     python fid.py runs/align-0 runs/align-1 runs/naive-0 ...          # runs NAME-SEED share a row: mean and spread
@@ -324,8 +324,8 @@ class FlopCounter(TorchDispatchMode):
 
 
 class Replay:
-    """Replays a function of many small kernels as a CUDA graph, recorded when its inputs lie where they lay before. The
-    function works in place or returns one tensor."""
+    """Replays a function of many small kernels as a CUDA graph, recorded when it is called with inputs at the addresses
+    of the call before. The function works in place or returns one tensor."""
 
     def __init__(self, function):
         self.function, self.key, self.graph, self.out = function, None, None, None
@@ -441,14 +441,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Quality and cost of runs, of a folder of images or of an .npz.")
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("inputs", nargs="*", help="run folders, or one folder or .npz of images (runs/reverse-toy)")
-    add("--method", choices=METHODS, action="append", help="repeatable (all of the run's; photographs: the last)")
+    add("--method", choices=METHODS, action="append", help="repeatable (all of the run's; photographs: BiFlow)")
     add("--n", type=int, help="samples (small images 1000 or 10000 a draw, photographs 50000)")
     add("--draws", type=int, default=5, help="small images: independent draws, for the spread (%(default)s)")
     add("--guidance", type=float, nargs="+", default=[0.0], metavar="W", help="guidance scales (0)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of z (%(default)s)")
     add("--batch", type=int, default=256, help="images at a time (%(default)s)")
     add("--img-size", type=int, help="crop folders of images to this size (the run's, or 256)")
-    add("--num-workers", type=int, default=4)
+    add("--num-workers", type=int, default=4, help="processes that read images (%(default)s)")
     add("--reference", type=Path, help=".npz with mu and sigma, or images as a folder or .npz")
     add("--save-stats", type=Path, help="write mu and sigma of the input, to be a --reference later")
     add("--inception-weights", help="torch-fidelity's Inception-v3 (its download)")

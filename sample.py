@@ -202,7 +202,7 @@ TRAIN, EVAL, SAMPLE, ORDER = range(4)  # streams of randomness
 
 
 def sample_noise(seed, indices, config, stream=SAMPLE):
-    """z (N, T, D): each sample's depends on seed, stream and index alone."""
+    """z (N, T, D). Sample i depends only on seed, stream and i."""
     rngs = [np.random.default_rng((seed, stream, int(i))) for i in indices]
     return torch.from_numpy(np.stack([rng.standard_normal((config.tokens, config.dim), np.float32) for rng in rngs]))
 
@@ -231,7 +231,7 @@ class Sampler:
 
     @classmethod
     def load(cls, folder, device, args):
-        """Of a run folder: forward or reverse."""
+        """From the folder of a forward or reverse run."""
         model, run = load_run(folder)
         run.setdefault("classes", [str(i) for i in range(model.config.num_classes)])  # an imported flow knows no names
         if run["stage"] == "forward":
@@ -292,7 +292,7 @@ class Sampler:
         return x
 
     def draw(self, method, labels, w, seed, batch):
-        """As many uint8 images as labels (n,), so many at a time."""
+        """A uint8 image for each of the labels (n,), `batch` at a time."""
         parts = torch.arange(len(labels)).split(batch)
         return torch.cat([to_uint8(self.images(method, part, labels[part], w, seed)) for part in parts])
 
@@ -308,8 +308,8 @@ def parse(argv):
     add("--method", choices=METHODS, action="append", help="repeatable; default: all of the run's")
     add("--n", type=int, default=20, help="number of samples, or of an edit's variants (default: 20)")
     add("--classes", help="names, with commas, drawn in turn; none: no class, of which G knows the mean (default: all)")
-    add("--guidance", type=float, nargs="+", metavar="W", help="scales (default: for BiFlow three of its range)")
-    add("--seed", type=int, default=0)
+    add("--guidance", type=float, nargs="+", metavar="W", help="scales (default: 0, of BiFlow also w_max/4 and w_max)")
+    add("--seed", type=int, default=0, help="of z (default: 0)")
     add("--batch", type=int, default=256, help="samples at a time (default: 256)")
     add("--out", type=Path, help="the PNG to write (default: RUN/samples.png, edit.png or trajectory.png)")
     add("--npz", type=Path, help="also write uint8 images (arr_0, NHWC) and labels (arr_1) of the last row")

@@ -1044,7 +1044,7 @@ def test_train_the_inverse_of_a_published_flow_by_the_readme(num_classes, photos
     for block in published.blocks:
         nn.init.normal_(block.proj_out.weight, std=0.01)
     torch.save(published.state_dict() | {"var": torch.ones(16, 768)}, "imagenet64.pth")
-    (code,) = re.findall(r"```python\n(import json, torch, biflow.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(import json.*?)```", README, re.DOTALL)
     exec(code.replace("IMAGENET/train", str(photos)))
     run(train_reverse, "--size S --forward runs/tarflow --out runs/G --steps 2 --batch-size 2")
     run(sample, "runs/tarflow --n 2")

@@ -85,7 +85,7 @@ def main(argv=None):
     device = setup(args)
     data = load_data(args, device)
     if args.sigma is None:
-        args.sigma = 0.3 if data.info["vae"] else 0.1
+        args.sigma = 0.3 if data.info["vae"] else 0.1  # [ours]
     channels, side, _ = data.array.shape[-3:]
     shape = dict(channels=channels, img_size=side, patch_size=patch_size_for(side, args))
     clip = dict(clip=args.clip) if "clip" in args else {}
@@ -221,8 +221,8 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def update(parts, step, skip, args):
-    """A step of the optimizer, which its kernel leaves out if `skip`, a tensor, is 1; and of the average, whose decay
-    warms up, so that a short run's is not dominated by its first steps."""
+    """One step of the optimizer, which its kernel leaves out if `skip`, a tensor, is 1, and one of the average, whose
+    decay warms up, so that the first steps do not dominate a short run's."""
     optimizer = parts["optimizer"]
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
@@ -267,16 +267,16 @@ LEAST = dict(
 def shared_flags(description):
     parser = argparse.ArgumentParser(description=description)
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
-    add("--size", choices=SIZES, default="toy", help="size of the networks; decides the other defaults (%(default)s)")
+    add("--size", choices=SIZES, default="toy", help="of the networks; --size B --help has B's defaults (%(default)s)")
     add("--data", help=f"{DATA_SETS}, a folder of images or of class folders, or a cache (%(default)s)")
     add("--img-size", type=int, help="side of the images of a folder (256 with a VAE, 32 without)")
-    add("--patch-size", type=int, help="(4 for 28 pixels, else 2, or more where there would be over 256 tokens)")
+    add("--patch-size", type=int, help="side of a patch (4 for 28 pixels, else 2, or more to have at most 256 tokens)")
     add("--vae", help="name or folder of a diffusers AutoencoderKL, or none for pixels (%(default)s)")
     add("--sigma", type=float, help="noise on F's inputs (0.3 on latents, 0.1 on pixels)")
     add("--out", type=Path, help="run folder (runs/STAGE-SIZE)")
     add("--steps", type=int, help="training steps (%(default)s)")
     add("--batch-size", type=int, help="images in a step, over all processes (%(default)s)")
-    add("--micro-batch", type=int, help="images on one device at a time, to save memory (%(default)s)")
+    add("--micro-batch", type=int, help="images on one device at a time, to save memory; None: all (%(default)s)")
     add("--lr", type=float, help="peak learning rate of AdamW (%(default)s)")
     add("--weight-decay", type=float, help="of matrices that are not embeddings (%(default)s)")
     add("--warmup", type=int, help="steps of linear warm-up (%(default)s)")
@@ -286,7 +286,7 @@ def shared_flags(description):
     add("--num-workers", type=int, help="processes that load data (%(default)s)")
     add("--seed", type=int, default=0, help="of the weights and of all noise (%(default)s)")
     add("--benchmark", action="store_true", help="20 steps on random latents; print their cost, write nothing")
-    add("--resume", metavar="CKPT", help="a checkpoint to begin from, or an older one of --out (its newest)")
+    add("--resume", metavar="CKPT", help="begin a new run from a checkpoint, or go back to an older one of --out")
     add("--fresh", action="store_true", help="start over; an existing run folder is renamed")
     add("--compile", action=on_off, help="torch.compile (on CUDA, from size B up)")
     add("--bf16", action=on_off, help="bfloat16 autocast (on CUDA)")
@@ -447,7 +447,8 @@ def save_curves(out):
     for name in sorted(errors or {"loss", "val_nll"}):
         points = [(line["step"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points), label=name, linewidth=2 if name.startswith("val_") else 1)
-    axes.set(xlabel="step", yscale="log" if errors else "linear")
+    axes.set(xlabel="step", ylabel="relative squared error" if errors else "nats per dimension")
+    axes.set_yscale("log" if errors else "linear")
     axes.legend(fontsize=8)
     axes.figure.savefig(out / "curves.png", dpi=100)
 

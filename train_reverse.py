@@ -93,7 +93,7 @@ def load_perceptual(decode, data, args, device):
             import timm
 
             net = timm.create_model(CONVNEXT, pretrained=True, num_classes=0)
-            nets["convnext"] = FeatureDistance(net, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            nets["convnext"] = FeatureDistance(net, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # [ours]
     except Exception as error:  # no network and no cached weights
         fail(f"cannot load the perceptual networks ({error}); --lpips 0 --convnext 0 goes on without them")
     if args.features:
@@ -105,7 +105,7 @@ def load_perceptual(decode, data, args, device):
 
 
 def main(argv=None):
-    parser = shared_flags("Stage 2 of BiFlow: learn the inverse G of a frozen flow F.")
+    parser = shared_flags("Stage 2 of BiFlow: learn the inverse G of a frozen flow F, with F's data, VAE and sigma.")
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--forward", type=Path, metavar="RUN", help="the flow's run folder (runs/forward-SIZE)")
     add("--strategy", choices=("align", "naive", "hidden"), default="align", help="how G is supervised (%(default)s)")
