@@ -225,7 +225,7 @@ class FlowBlock(nn.Module):
         N, T, width = embedding.shape
         shape = (N, width // self.head_dim, T, self.head_dim)
         dtype = self.proj_in(x[:, :1]).dtype  # autocast's, if it is on
-        # Keys and values of each layer. Compiled code changes them in place, and would copy views of one tensor.
+        # Keys and values of each layer. Compiled code updates them in place, but would copy views of one tensor.
         cache = [x.new_zeros(shape, dtype=dtype) for _ in range(2 * len(self.attn_blocks))]
         t = torch.zeros(1, dtype=torch.long, device=x.device)
         for _ in range(T - 1):
@@ -241,6 +241,14 @@ class FlowBlock(nn.Module):
         t += 1
         alpha, mu = guide(*self.affine(h), guidance * t / (x.shape[1] - 1)) if guidance else self.affine(h)
         x.index_copy_(1, t, x.index_select(1, t) * torch.exp(alpha) + mu)
+
+    def jacobi_step(self, x: Tensor, x_next: Tensor, y: Tensor, guidance: float):
+        """All tokens of x (N, T, D) at once, in place: x <- x^{i+1} exp(alpha(x)) + mu(x)."""
+        alpha, mu = self.alpha_mu(torch.cat([x, x]) if guidance else x, y)
+        if guidance:
+            T = x.shape[1]
+            alpha, mu = guide(alpha, mu, guidance * torch.arange(T, device=x.device).view(T, 1) / (T - 1))
+        x.copy_(x_next * torch.exp(alpha) + mu)
 
 
 def guide(alpha: Tensor, mu: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,21 +290,17 @@ class TARFlow(HubModel):
 
     @torch.no_grad()
     def inverse_jacobi(self, z: Tensor, y: Tensor | None = None, guidance: float = 0.0, tolerance=1e-3) -> Tensor:
-        """The same map by fixed-point iteration, a block's tokens all at once: x <- x^{i+1} exp(alpha(x)) + mu(x).
-        Each round makes at least one more token exact; it ends when no number moves by more than the tolerance."""
-        T = z.shape[1]
+        """The same map by fixed-point iteration on all tokens of a block. Each round makes at least one more token
+        exact, and a block ends when no number moves by more than the tolerance."""
         y = no_class(z) if y is None else y
-        w = guidance * torch.arange(T, device=z.device).view(T, 1) / (T - 1)
         if guidance:
             y = torch.cat([y, no_class(y)])
         for block in reversed(self.blocks):
-            x = x_next = block.order(z)
-            for _ in range(T - 1):
-                before = x
-                alpha, mu = block.alpha_mu(torch.cat([x, x]) if guidance else x, y)
-                if guidance:
-                    alpha, mu = guide(alpha, mu, w)
-                x = x_next * torch.exp(alpha) + mu
+            x_next = block.order(z)
+            x = x_next.clone()
+            for _ in range(z.shape[1] - 1):
+                before = x.clone()
+                block.jacobi_step(x, x_next, y, guidance)
                 if (x - before).abs().max() <= tolerance:
                     break
             z = block.order(x)
@@ -649,7 +653,7 @@ def compile_blocks(model: nn.Module):
         block.compile()
         if isinstance(block, FlowBlock):
             block.step = torch.compile(block.step)
-            block.alpha_mu = torch.compile(block.alpha_mu)
+            block.jacobi_step = torch.compile(block.jacobi_step)
 
 
 class VAE:

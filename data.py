@@ -104,7 +104,7 @@ def data_info(name, side, classes):
 
 
 def load_digits():
-    """scikit-learn's 1797 handwritten digits in [-1, 1]. Of twelve of a class, two are for test, one for validation."""
+    """scikit-learn's 1797 handwritten digits in [-1, 1]. Of every twelve of a class two are for test, one validates."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -190,7 +190,7 @@ def list_images(root):
 
 
 class Photos(torch.utils.data.Dataset):
-    """Image files as (index, uint8 array (3, size, size), 1, or 2 where the file cannot be read)."""
+    """Image files as (index, uint8 array (3, size, size), mark); mark is 1, or 2 for a file that cannot be read."""
 
     def __init__(self, files, size):
         self.files, self.size = files, size
@@ -226,7 +226,6 @@ def load_folder(args, device):
     if args.img_size not in (None, info["img_size"]):
         fail(f"the cache {cache} was made with --img-size {info['img_size']}, not {args.img_size}")
     info["cache"] = str(cache)
-    args.vae = info["vae"] or "none"
     val = good[np.unique(np.linspace(0, len(good) - 1, min(1000, max(1, len(good) // 20))).astype(int))]
     return Data(cache / "data.npy", labels, np.setdiff1d(good, val), val, val, "mirror", info)
 
@@ -389,7 +388,7 @@ def collate(samples):
 
 
 def to_device(batch, device):
-    """Numpy arrays -> tensors. Copies do not wait on CUDA alone: on MPS such copies are corrupted silently."""
+    """Numpy arrays -> tensors. Copies are asynchronous on CUDA only: on MPS they would be corrupted silently."""
     tensors = [torch.from_numpy(array) for array in batch]
     if device.type == "cuda":
         return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
@@ -421,7 +420,7 @@ def held_out(data, n=20):
 
 def load_classifier(data, args):
     """A small convolutional classifier without its last layer, (n, C, S, S) -> (n, 128). It is trained once, on every
-    second training image, cropped as the distance crops; fid.py's judge is another network on the other half."""
+    second training image, cropped as the distance crops; of MNIST and its like fid.py's judge sees the other half."""
     torch.manual_seed(1)
     channels, side = data.array.shape[1], data.info["img_size"]
     net = nn.Sequential(

@@ -296,7 +296,9 @@ def score_images(sources, args, device):
         if real:
             metrics["FID"] = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
             if "features" in real and min(real["n"], fake["n"]) > 3:
-                metrics |= precision_recall_coverage(real["features"], fake["features"])
+                n = min(len(real["features"]), len(fake["features"]))  # recall and coverage depend on the numbers
+                shuffled = (np.random.default_rng(0).permutation(found["features"]) for found in (real, fake))
+                metrics |= precision_recall_coverage(*(features[:n] for features in shuffled))
         if "logits" in fake:
             metrics["IS"] = inception_score(fake["logits"])
         if RANK == 0:
@@ -364,7 +366,7 @@ def call(sampler, method, z, y, w):
 
 
 def count(sampler, method, w):
-    """GFLOPs of a sample, and the rounds of a flow block's layers, one after another."""
+    """GFLOPs of a sample, and how often, in sequence, each flow block runs its layers."""
     calls = []
     hooks = [b.proj_out.register_forward_hook(lambda *_: calls.append(1)) for b in sampler.flow.blocks]
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounter() as counter:
@@ -397,6 +399,7 @@ def speed_table(sampler, args):
     if args.compile and sampler.device.type == "cuda":  # at batch 1 the launches would take longer than the kernels
         for block in flow.blocks:
             block.step = Replay(block.step)
+            block.jacobi_step = Replay(block.jacobi_step)
         if reverse is not None:
             reverse.sample = Replay(reverse.sample)
             reverse.sample_two_pass = Replay(reverse.sample_two_pass)

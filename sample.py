@@ -274,7 +274,7 @@ class Sampler:
             return torch.cat([self.decoder(part) for part in x.split(32)])
 
     def encode(self, x, y, seed):
-        """What the models see (N, C, H, W), y (N,) -> the flow's states [x^0, ..., z], with the noise of training."""
+        """What the models see (N, C, H, W), y (N,) -> the flow's states [x^0, ..., z], with noise as in training."""
         self.check("exact", 0.0)  # it takes F, too
         eps = unpatchify(sample_noise(seed, range(len(x)), self.config, EVAL), self.config.patch_size)
         with torch.no_grad(), autocast(self.device, self.bf16):
@@ -318,7 +318,7 @@ def parse(argv):
     add("--to", metavar="CLASS", help="the class to edit it to, by name")
     add("--mask", metavar="IMAGE", help="white where the image is to be redrawn")
     add("--trajectory", action="store_true", help="the states of the flow and of its learned inverse")
-    add("--compile", action=on_off, help="torch.compile (default: on CUDA)")
+    add("--compile", action=on_off, default=False, help="torch.compile, for thousands of samples (default: off)")
     add("--bf16", action=on_off, help="bfloat16 autocast (default: on CUDA)")
     args = parser.parse_args(argv)
     if min(args.n, args.batch) < 1 or args.seed < 0:

@@ -662,6 +662,10 @@ def cuda(monkeypatch):
         lambda q, k, v, is_causal=False: flash(q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.0, is_causal)[0],
     )  # fmt: skip
     with FakeTensorMode(), torch.device("cuda:0") as device:
+        try:
+            nn.Linear(1, 1)
+        except RuntimeError:
+            pytest.skip("this version's fake tensors need a driver")
         yield device
 
 
@@ -906,7 +910,7 @@ def test_train_a_killed_run_ends_as_if_it_was_not_and_with_two_processes_too(toy
         at_calls(patch, train_forward, "update", [6], kill)
         run(script, f"{line}/one")
     torchrun(2, script.__file__, f"{line}/two --resume {tmp_path / 'one/checkpoint.pt'} --micro-batch 3")
-    run(script, f"{line}/one --save-every 4")  # an argument that does not alter the model
+    run(script, f"{line}/one --save-every 4 --patch-size 2 --img-size 8 --vae none")  # which do not alter the model
     assert weights(tmp_path / "one") == weights(tmp_path / "whole")
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "one") == whole and list(whole) == list(range(1, 9))
@@ -946,6 +950,9 @@ def test_train_survives_a_full_disk_and_a_damaged_checkpoint(tmp_path, monkeypat
         assert "going on from step 2 of 4" in capsys.readouterr().out
         assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
         checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with monkeypatch.context() as patch:
+        patch.setattr(train_forward, "gather", lambda step: [step, 0])  # as where machines do not share the folder
+        assert "different checkpoints" in refusal(capsys, train_forward, f"{line}/parts")
     checkpoint.with_name("checkpoint.prev.pt").unlink()
     assert "no checkpoint that loads" in refusal(capsys, train_forward, f"{line}/parts")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
@@ -961,7 +968,8 @@ def test_train_is_alone_in_its_folder_survives_sigkill_and_ends_by_a_signal_in_o
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
         while process.poll() is None and (not log.exists() or log.read_text().count("\n") <= logged):
             time.sleep(0.1)
-        assert "another process" in refusal(capsys, train_forward, f"{line}/run --steps 100000")
+        for fresh in ("", "--fresh"):
+            assert "another process" in refusal(capsys, train_forward, f"{line}/run --steps 100000 {fresh}")
         time.sleep(rng.uniform(0, 1))
         os.killpg(process.pid, number)
         said, _ = process.communicate(timeout=300)
@@ -1522,10 +1530,12 @@ def test_fid_speed_replays_what_it_recorded_only_in_the_same_place(monkeypatch):
     graphed.sample = fid.Replay(graphed.sample)
     for block in flow.blocks:
         block.step = fid.Replay(block.step)
+        block.jacobi_step = fid.Replay(block.jacobi_step)
     z, y, w = inputs()
     for guidance in (0.0, 0.0, 1.0):
-        assert torch.equal(flow.inverse(z, y, guidance), plain.inverse(z, y, guidance))
-    assert len(recorded) >= B  # of each block, unless its memory lies elsewhere in the next call, at least once
+        for name in ("inverse", "inverse_jacobi"):
+            assert torch.equal(getattr(flow, name)(z, y, guidance), getattr(plain, name)(z, y, guidance))
+    assert len(recorded) >= 2 * B  # of each block, unless its memory lies elsewhere in the next call, at least once
     recorded.clear()
     for count in (0, 1, 1):
         first = graphed.sample(z, y, w)

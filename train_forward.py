@@ -29,6 +29,7 @@ from data import (
     DATA_SETS,
     Batch,
     Batches,
+    gather,
     held_out,
     load_data,
     patch_size_for,
@@ -50,7 +51,7 @@ IMAGENET = dict(
     weight_decay=0.0, warmup=25_000, schedule="constant", log_every=100, save_every=5000, num_workers=4,
 )  # fmt: skip
 S = TOY | dict(data="mnist", steps=3000, batch_size=128, lr=2e-3, weight_decay=0.01, save_every=1000)
-PRESETS = {"toy": TOY, "S": S, "B": IMAGENET, "L": IMAGENET, "XL": IMAGENET | dict(micro_batch=8)}  # fits 24 GB
+PRESETS = {"toy": TOY, "S": S, "B": IMAGENET, "L": IMAGENET, "XL": IMAGENET | dict(micro_batch=8)}  # should fit 24 GB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stage 1
@@ -90,7 +91,7 @@ def main(argv=None):
     shape = dict(channels=channels, img_size=side, patch_size=patch_size_for(side, args))
     clip = dict(clip=args.clip) if "clip" in args else {}
     config = config_of(args.size, **shape, num_classes=len(data.info["classes"]), **clip)
-    args.clip = config.clip
+    args.clip, args.patch_size = config.clip, config.patch_size
     torch.manual_seed(args.seed)
     model = TARFlow(config)
     run = dict(data.info, stage="forward", sigma=args.sigma)
@@ -130,6 +131,8 @@ def train_loop(args, device, model, run, data, loss_fn, evaluate):
     # Re-enter the run folder, if it holds a run:
     state = open_run(args, run, data)
     start, skipped = (state["step"], state["skipped"]) if state else (0, 0)
+    if len(set(gather(start))) > 1:
+        fail("the processes found different checkpoints; give an --out that all machines share")
 
     # Create the average of the weights and the optimizer:
     model.to(device)
@@ -155,10 +158,10 @@ def train_loop(args, device, model, run, data, loss_fn, evaluate):
     for step, batch in enumerate(bar, start):
         # Add up the gradients of the micro-batches:
         micro_batches = to_device(batch, device).split(args.micro_batch or args.batch_size)
-        for i, part in enumerate(micro_batches):
-            net.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: exchange them after the last part only
-            loss, values = loss_fn(net, part)
-            n = len(part.y)
+        for i, micro_batch in enumerate(micro_batches):
+            net.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: exchange them after the last one only
+            loss, values = loss_fn(net, micro_batch)
+            n = len(micro_batch.y)
             (loss * n * WORLD / args.batch_size).backward()  # DDP takes the mean over the processes
             for name, value in {"loss": loss.detach().expand(n), **values}.items():
                 totals[name] = totals.get(name, 0.0) + value.sum()
@@ -188,12 +191,13 @@ def train_loop(args, device, model, run, data, loss_fn, evaluate):
 
         # Save, and look at the result:
         if done % args.save_every == 0 or done == args.steps or stopping:
+            pause = time.perf_counter()
             if RANK == 0 and not args.benchmark:
                 save_checkpoint(args, run, parts, done, skipped)
                 if not stopping or done == args.steps:
                     report(args, done, *evaluate(ema), bar)
             barrier()
-            clock = time.perf_counter()
+            clock += time.perf_counter() - pause
         if stopping:
             if RANK == 0:
                 bar.write(f"stopped at step {done}; the same command goes on from there")
@@ -227,8 +231,7 @@ def update(parts, step, skip, args):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
     optimizer.found_inf = skip
-    if skip.device.type != "mps" or not skip:  # whose kernel ignored it before torch 2.13
-        optimizer.step()
+    optimizer.step()
     optimizer.zero_grad()
     decay = min(args.ema, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(parts["ema"].parameters()), list(parts["model"].parameters()), 1 - decay)
@@ -286,7 +289,7 @@ def shared_flags(description):
     add("--num-workers", type=int, help="processes that load data (%(default)s)")
     add("--seed", type=int, default=0, help="of the weights and of all noise (%(default)s)")
     add("--benchmark", action="store_true", help="20 steps on random latents; print their cost, write nothing")
-    add("--resume", metavar="CKPT", help="begin a new run from a checkpoint, or go back to an older one of --out")
+    add("--resume", metavar="CKPT", help="begin a new run from this checkpoint, or go back to an older one of --out")
     add("--fresh", action="store_true", help="start over; an existing run folder is renamed")
     add("--compile", action=on_off, help="torch.compile (on CUDA, from size B up)")
     add("--bf16", action=on_off, help="bfloat16 autocast (on CUDA)")
@@ -326,25 +329,18 @@ def open_run(args, run, data):
     """Make or re-enter the run folder; returns the checkpoint to go on from, if there is one."""
     out = args.out
     run["args"] = {name: value for name, value in vars(args).items() if name in MODEL_FLAGS + SCHEDULE_FLAGS}
+    run["args"] |= {name: data.info[name] for name in ("vae", "img_size")}  # also where a flag leaves them open
     if args.benchmark:
         return None
-    if RANK == 0 and args.fresh and out.exists():
-        if not (out / "real.pt").exists() and any(out.iterdir()):
-            fail(f"{out} is no run folder; --fresh would rename it; give another --out")
-        out.rename(next(p for i in range(1, 1000) if not (p := out.with_name(f"{out.name}.old-{i}")).exists()))
-    barrier()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if RANK == 0 and os.name == "posix":  # the lock ends with the process; Windows has none
-            import fcntl
-
-            run_locks[out] = open(out / "lock", "w")
-            try:
-                fcntl.flock(run_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise
-            except OSError:
-                pass  # a file system without locks
+        if RANK == 0:
+            if args.fresh and out.exists() and not (out / "real.pt").exists() and any(out.iterdir()):
+                fail(f"{out} is no run folder; --fresh would rename it; give another --out")
+            lock(out)
+            if args.fresh and (out / "real.pt").exists():
+                out.rename(next(p for i in range(1, 1000) if not (p := out.with_name(f"{out.name}.old-{i}")).exists()))
+                lock(out)
+        barrier()
         state = load_checkpoint(out, args.resume)
         if state:
             refuse_changes(args, run, state)
@@ -352,11 +348,24 @@ def open_run(args, run, data):
             torch.save(held_out(data), out / "real.pt")
             kept = [line for line in read_metrics(out) if state and line["step"] <= state["step"]]
             write_aside(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
-    except BlockingIOError:
-        fail(f"another process is running in {out}; wait for it, or give another --out")
     except OSError as error:
         fail(f"cannot write to {out} ({error.strerror}); give another --out")
     return state
+
+
+def lock(out):
+    """Make the folder, and have it for this process until that ends or is done with it. (Windows has no such lock.)"""
+    out.mkdir(parents=True, exist_ok=True)
+    if os.name == "posix":
+        import fcntl
+
+        run_locks[out] = open(out / "lock", "w")
+        try:
+            fcntl.flock(run_locks[out], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is running in {out}; wait for it, or give another --out")
+        except OSError:
+            pass  # a file system without locks
 
 
 def refuse_changes(args, run, state):

@@ -138,6 +138,7 @@ def main(argv=None):
         fail(f"the data have {len(data.info['classes'])} classes, the flow {flow.config.num_classes}")
     if args.patch_size not in (None, flow.config.patch_size):
         fail(f"--patch-size is the flow's, {flow.config.patch_size}")
+    args.patch_size = flow.config.patch_size
     freeze(flow, device, args.bf16, args.compile)
     same = ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")
     fields = {name: getattr(flow.config, name) for name in same}
@@ -146,7 +147,8 @@ def main(argv=None):
     model = BiFlow(config)
     run = dict(data.info, stage="reverse", sigma=args.sigma)
     if not args.benchmark:
-        run["forward"] = os.path.relpath(args.forward.resolve(), args.out.resolve())
+        flow_folder, out = args.forward.resolve(), args.out.resolve()
+        run["forward"] = os.path.relpath(flow_folder, out) if flow_folder.drive == out.drive else str(flow_folder)
         run["forward_hash"] = weights_hash(args.forward)
     decode = load_decoder(run, device, args.bf16)
     perceptual = load_perceptual(decode, data, args, device)
