@@ -952,7 +952,7 @@ def test_train_survives_a_full_disk_and_a_damaged_checkpoint(tmp_path, monkeypat
         checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with monkeypatch.context() as patch:
         patch.setattr(train_forward, "gather", lambda step: [step, 0])  # as where machines do not share the folder
-        assert "different checkpoints" in refusal(capsys, train_forward, f"{line}/parts")
+        assert "different checkpoints" in refusal(capsys, train_forward, f"{line}/whole")
     checkpoint.with_name("checkpoint.prev.pt").unlink()
     assert "no checkpoint that loads" in refusal(capsys, train_forward, f"{line}/parts")
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
