@@ -75,7 +75,9 @@ def load_data(args, device):
 
 def load_data_of(forward_run, args, device):
     """The flow's data (its cache, also if it was moved with the runs), or --data, which must be of the same kind."""
-    args.sigma = forward_run["sigma"] if args.sigma is None else args.sigma
+    if args.sigma not in (None, forward_run["sigma"]):
+        fail(f"--sigma is the flow's, {forward_run['sigma']}")
+    args.sigma = forward_run["sigma"]
     args.vae = args.vae or forward_run["vae"]
     args.img_size = args.img_size or forward_run.get("img_size")
     if args.data is None:
@@ -160,7 +162,7 @@ def list_images(root):
     Hidden files and folders are skipped, links are followed, and what else is not read is counted in a line.
     """
     paths = []
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
         paths += [Path(folder, name) for name in names]
         real = Path(folder).resolve()
         folders[:] = [name for name in folders if not real.is_relative_to(Path(folder, name).resolve())]  # no loops
@@ -221,6 +223,9 @@ def load_folder(args, device):
         assert len(np.load(cache / "data.npy", mmap_mode="r")) == len(labels), "data.npy has another length"
     except Exception as error:
         fail(f"the cache {cache} is damaged ({type(error).__name__}: {error}); remove it, and give its images")
+    if len(good) < len(labels) and RANK == 0:
+        left_out = f"{len(labels) - len(good)} images cannot be read and are left out"
+        print(f"{left_out}; {cache / 'damaged.txt'} lists them; repair them, and remove the cache")
     if len(good) < 2:
         fail(f"of the images in {cache} {len(good)} can be read, too few; repair them, and remove the cache")
     if args.img_size not in (None, info["img_size"]):
@@ -291,7 +296,6 @@ def build_cache(cache, files, size, vae, device, args):
     damaged = [str(files[i]) for i in np.flatnonzero(done == 2)]
     if damaged and RANK == 0:
         (cache / "damaged.txt").write_text("\n".join(damaged))
-        print(f"{len(damaged)} images cannot be read and are left out; they are listed in {cache / 'damaged.txt'}")
     if not vae:
         return {}
     sums = torch.zeros(3, shape[2], dtype=torch.float64)  # each process adds up its share of E[1], E[x] and E[x^2]

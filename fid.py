@@ -4,7 +4,7 @@
     python fid.py runs/align-0 runs/align-1 runs/naive-0 ...          # runs NAME-SEED share a row: mean and spread
     python fid.py --speed --size B                                    # cost alone, with random weights
     python fid.py IMAGENET/train --img-size 256 --save-stats ref.npz  # statistics of a reference, once
-    torchrun --nproc-per-node 8 fid.py runs/reverse-B --n 50000 --reference ref.npz
+    torchrun --nproc-per-node 8 fid.py runs/reverse-B --reference ref.npz
 
 Contents: the metrics, small images, photographs, speed, command line.
 """
@@ -445,7 +445,7 @@ def parse(argv):
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("inputs", nargs="*", help="run folders, or one folder or .npz of images (runs/reverse-toy)")
     add("--method", choices=METHODS, action="append", help="repeatable (all of the run's; photographs: BiFlow)")
-    add("--n", type=int, help="samples (small images 1000 or 10000 a draw, photographs 50000)")
+    add("--n", "--samples", type=int, help="(1000 or 10000 a draw, photographs 50000); torchrun allows --samples only")
     add("--draws", type=int, default=5, help="small images: independent draws, for the spread (%(default)s)")
     add("--guidance", type=float, nargs="+", default=[0.0], metavar="W", help="guidance scales (0)")
     add("--seed", type=int, default=0, help="of z (%(default)s)")

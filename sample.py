@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+import textwrap
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,7 +35,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def fail(message):
     """End with one line and exit status 2, for mistakes that a user can put right."""
-    tqdm.write("error: " + " ".join(str(message).split()), file=sys.stderr)
+    tqdm.write("error: " + textwrap.shorten(str(message), 1000), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -83,6 +84,10 @@ def run_script(main):
         fail("stopped by Ctrl-C")
     except torch.OutOfMemoryError:
         fail("out of memory; give a smaller --micro-batch (training) or --batch (sampling)")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        fail("a process that loads data was killed, perhaps for lack of memory; go on with fewer --num-workers")
     except BrokenPipeError:  # the reader of the output is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(2) from None
@@ -167,13 +172,12 @@ def center_crop(image, size):
     return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
 
 
-def read_image(file, size):
-    """A file -> uint8 (3, size, size), with EXIF rotation, 16-bit grey scaled down, and white under transparency."""
+def read_image(file, size, under="white"):
+    """A file -> uint8 (3, size, size), with EXIF rotation, 16-bit grey scaled down, and a colour under transparency."""
     image = ImageOps.exif_transpose(Image.open(file))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image, np.uint32) >> 8).clip(0, 255).astype(np.uint8))
-    white = Image.new("RGBA", image.size, "white")
-    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, under), image.convert("RGBA")).convert("RGB")
     return center_crop(image, size)
 
 
@@ -356,7 +360,9 @@ def samples(sampler, args):
     """Real images of the classes drawn, then each method at each guidance scale; the last row also goes to --npz."""
     chosen = range(sampler.config.num_classes)
     if args.classes:
-        chosen = [label_of(name, sampler.run["classes"]) for name in args.classes.split(",")]
+        whole = args.classes in sampler.run["classes"]  # a name may have a comma
+        names = [args.classes] if whole else args.classes.split(",")
+        chosen = [label_of(name, sampler.run["classes"]) for name in names]
     labels = labels_in_turn(range(args.n), chosen)
     draws = [(method, w) for method in args.method or sampler.methods for w in args.guidance or [0.0]]
     if "biflow" in sampler.methods and len(chosen) and not (args.method or args.guidance):
@@ -397,7 +403,7 @@ def edit(sampler, args):
     z = sampler.encode(x.expand(n, -1, -1, -1), labels[0], args.seed)[-1]
     rows = {"input": sampler.decode(x)}
     if args.mask:
-        mask = load_image(args.mask, run["img_size"])[:, :1].to(device) > 0
+        mask = load_image(args.mask, run["img_size"], under="black")[:, :1].to(device) > 0
         if not mask.any():
             fail(f"{args.mask} has no white, where the image would be redrawn")
         redraw = nnf.adaptive_max_pool2d(mask.float(), config.img_size // config.patch_size).view(1, -1, 1)
@@ -408,10 +414,10 @@ def edit(sampler, args):
     return rows
 
 
-def load_image(file, size):
+def load_image(file, size, under="white"):
     """An image file -> (1, 3, size, size) in [-1, 1]."""
     try:
-        return torch.tensor(read_image(file, size))[None] / 127.5 - 1
+        return torch.tensor(read_image(file, size, under))[None] / 127.5 - 1
     except Exception as error:  # Pillow raises many kinds
         fail(f"cannot read {file} ({error})")
 

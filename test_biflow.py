@@ -1194,6 +1194,11 @@ def test_data_classes_are_the_folders_in_the_order_of_text_and_one_is_none(n, dr
     assert (BiFlow.from_pretrained(tmp_path / "r").config.num_classes == 0) == (not drawn)
     if not drawn:
         assert "no classes, and so no guidance" in refusal(capsys, sample, f"{tmp_path / 'r'} --guidance 0.5")
+        return
+    path = tmp_path / "r/run.json"
+    path.write_text(path.read_text().replace('"2"', '"2,11"'))  # a name with a comma
+    run(sample, f"{tmp_path / 'r'} --n 3 {drawn} --npz {tmp_path / 'a.npz'}")
+    assert np.load(tmp_path / "a.npz")["arr_1"].tolist() == [4] * 3
 
 
 def test_data_cache_holds_the_images_that_can_be_read_and_changes_with_them(photos, tmp_path, capsys):
@@ -1327,7 +1332,7 @@ def digit(toy, tmp_path, monkeypatch):
     Image.fromarray(pixels[0, 0].numpy()).save("five.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[0, 0] = mask[7, 2] = 255  # a pixel of token 0 (top left), one of token 13 (bottom row, second)
-    Image.fromarray(mask).save("mask.png")
+    Image.merge("LA", [Image.new("L", (8, 8), "white"), Image.fromarray(mask)]).save("mask.png")  # on a clear layer
     return pixels / 127.5 - 1
 
 
@@ -1589,6 +1594,8 @@ def bad(tmp_path_factory, toy, photos):
 
 BAD_INPUT = [
     ("train_forward", "--batch-size 0", "at least 1"),
+    ("train_forward", "--label-drop 10", "at most 1"),
+    ("train_forward", "--fresh --resume pickle.pth", "give --fresh to start over, or"),
     ("train_forward", "--patch-size 3", "does not divide 8"),
     ("train_forward", "--img-size 16", "has pixels of its own size"),
     ("train_forward", "--vae nowhere", "has pixels of its own size"),
@@ -1611,6 +1618,7 @@ BAD_INPUT = [
     ("train_reverse", "--forward missing", "is not a trained run"),
     ("train_reverse", "--forward G", "is a reverse run"),
     ("train_reverse", "--forward F --patch-size 4", "--patch-size is the flow's, 2"),
+    ("train_reverse", "--forward F --sigma 0.5", "--sigma is the flow's, 0.1"),
     ("train_reverse", "--forward garbled", "cannot load the run"),
     ("train_reverse", "--forward cut", "cannot load the run"),
     ("train_reverse", "--forward F --data cache", "--img-size 32, not 8"),
@@ -1642,6 +1650,13 @@ def test_commands_refuse_bad_input_with_one_line(bad, script, line, message, cap
     short = "--steps 1 --batch-size 4" if script.startswith("train") and "batch" not in line else ""
     assert message in refusal(capsys, SCRIPTS[script], f"{short} {line}") and not Path("ran").exists()
     assert before == {path: path.stat().st_mtime_ns for path in paths}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("DataLoader worker (pid 9) is killed")])
+def test_commands_end_in_one_line_where_the_machine_fails(error, capsys):
+    with pytest.raises(SystemExit):
+        sample.run_script(lambda: (_ for _ in ()).throw(error))
+    assert re.fullmatch("error: .*(No space left|go on with fewer --num-workers)\n", capsys.readouterr().err)
 
 
 def test_commands_help_shows_the_defaults_of_the_size(capsys):

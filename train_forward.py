@@ -309,6 +309,10 @@ def parse_args(parser, presets, argv):
         value = getattr(args, name)
         if value is not None and not least <= value < math.inf:
             fail(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if max(args.ema, args.label_drop) > 1:
+        fail("--ema and --label-drop are shares, at most 1")
+    if args.fresh and args.resume:
+        fail("give --fresh to start over, or --resume CKPT with another --out")
     if args.benchmark:
         args.data = "random" if args.data == preset["data"] else args.data
         args.steps, args.log_every = 20, 10
@@ -413,7 +417,7 @@ def save_checkpoint(args, run, parts, step, skipped):
         os.replace(out / "checkpoint.next.pt", out / names[0])
         save_model(args, run, parts["ema"], step)
     except (OSError, RuntimeError) as error:  # a full disk is the one or the other, as torch's writer sees it
-        fail(f"cannot save step {step} to {out}; is the disk full? The checkpoint before it is whole ({error})")
+        fail(f"cannot save step {step} to {out}; is the disk full? Earlier checkpoints are whole ({error})")
 
 
 def save_model(args, run, ema, step):
