@@ -131,8 +131,6 @@ def train_loop(args, device, model, run, data, loss_fn, evaluate):
     # Re-enter the run folder, if it holds a run:
     state = open_run(args, run, data)
     start, skipped = (state["step"], state["skipped"]) if state else (0, 0)
-    if len(set(gather(start))) > 1:
-        fail("the processes found different checkpoints; give an --out that all machines share")
 
     # Create the average of the weights and the optimizer:
     model.to(device)
@@ -354,6 +352,8 @@ def open_run(args, run, data):
             write_aside(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     except OSError as error:
         fail(f"cannot write to {out} ({error.strerror}); give another --out")
+    if len(set(gather(state and state["step"]))) > 1:
+        fail("the processes found different checkpoints; give an --out that all machines share")
     return state
 
 
