@@ -70,6 +70,12 @@ def precision_recall_coverage(real, fake, k=3):
     return {name: share.double().mean().item() for name, share in shares.items()}
 
 
+def equal_numbers(real, fake):
+    """As many features of each, chosen at random: recall and coverage depend on how many there are."""
+    n = min(len(real), len(fake))
+    return [np.random.default_rng(0).permutation(features)[:n] for features in (real, fake)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Small images (digits, MNIST, CIFAR-10): a small classifier is to them what Inception is to photographs
 
@@ -296,9 +302,7 @@ def score_images(sources, args, device):
         if real:
             metrics["FID"] = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
             if "features" in real and min(real["n"], fake["n"]) > 3:
-                n = min(len(real["features"]), len(fake["features"]))  # recall and coverage depend on the numbers
-                shuffled = (np.random.default_rng(0).permutation(found["features"]) for found in (real, fake))
-                metrics |= precision_recall_coverage(*(features[:n] for features in shuffled))
+                metrics |= precision_recall_coverage(*equal_numbers(real["features"], fake["features"]))
         if "logits" in fake:
             metrics["IS"] = inception_score(fake["logits"])
         if RANK == 0:
@@ -444,8 +448,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(description="Quality and cost of runs, of a folder of images or of an .npz.")
     add, on_off = parser.add_argument, argparse.BooleanOptionalAction
     add("inputs", nargs="*", help="run folders, or one folder or .npz of images (runs/reverse-toy)")
-    add("--method", choices=METHODS, action="append", help="repeatable (all of the run's; photographs: BiFlow)")
-    add("--n", "--samples", type=int, help="(1000 or 10000 a draw, photographs 50000); torchrun allows --samples only")
+    add("--method", choices=METHODS, action="append", help="repeatable (all of the run's; photographs: the last)")
+    add("--n", "--samples", type=int, help="samples (small images 1000 or 10000, others 50000; torchrun: --samples)")
     add("--draws", type=int, default=5, help="small images: independent draws, for the spread (%(default)s)")
     add("--guidance", type=float, nargs="+", default=[0.0], metavar="W", help="guidance scales (0)")
     add("--seed", type=int, default=0, help="of z (%(default)s)")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import textwrap
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,7 +34,10 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 def fail(message):
     """End with one line and exit status 2, for mistakes that a user can put right."""
-    tqdm.write("error: " + textwrap.shorten(str(message), 1000), file=sys.stderr)
+    message = " ".join(str(message).split())
+    if len(message) > 1000:  # such as the names of all weights that do not fit
+        message = f"{message[:500]} [...] {message[-500:]}"
+    tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -85,7 +87,7 @@ def run_script(main):
     except torch.OutOfMemoryError:
         fail("out of memory; give a smaller --micro-batch (training) or --batch (sampling)")
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if "DataLoader worker (pid" not in str(error):
             raise
         fail("a process that loads data was killed, perhaps for lack of memory; go on with fewer --num-workers")
     except BrokenPipeError:  # the reader of the output is gone

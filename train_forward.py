@@ -91,7 +91,8 @@ def main(argv=None):
     shape = dict(channels=channels, img_size=side, patch_size=patch_size_for(side, args))
     clip = dict(clip=args.clip) if "clip" in args else {}
     config = config_of(args.size, **shape, num_classes=len(data.info["classes"]), **clip)
-    args.clip, args.patch_size = config.clip, config.patch_size
+    args.clip = config.clip
+    args.patch_size = config.patch_size
     torch.manual_seed(args.seed)
     model = TARFlow(config)
     run = dict(data.info, stage="forward", sigma=args.sigma)
@@ -273,7 +274,7 @@ def shared_flags(description):
     add("--img-size", type=int, help="side of the images of a folder (256 with a VAE, 32 without)")
     add("--patch-size", type=int, help="side of a patch (4 for 28 pixels, else 2, or more to have at most 256 tokens)")
     add("--vae", help="name or folder of a diffusers AutoencoderKL, or none for pixels (%(default)s)")
-    add("--sigma", type=float, help="noise on F's inputs (0.3 on latents, 0.1 on pixels)")
+    add("--sigma", type=float, help="noise on F's inputs (0.3 on latents, 0.1 on pixels; stage 2: the flow's)")
     add("--out", type=Path, help="run folder (runs/STAGE-SIZE)")
     add("--steps", type=int, help="training steps (%(default)s)")
     add("--batch-size", type=int, help="images in a step, over all processes (%(default)s)")
@@ -336,7 +337,8 @@ def open_run(args, run, data):
         return None
     try:
         if RANK == 0:
-            if args.fresh and out.exists() and not (out / "real.pt").exists() and any(out.iterdir()):
+            strange = out.exists() and not (out / "real.pt").exists() and any(p.name != "lock" for p in out.iterdir())
+            if args.fresh and strange:
                 fail(f"{out} is no run folder; --fresh would rename it; give another --out")
             lock(out)
             if args.fresh and (out / "real.pt").exists():
@@ -344,6 +346,8 @@ def open_run(args, run, data):
                 lock(out)
         barrier()
         state = load_checkpoint(out, args.resume)
+        if len(set(gather(state and state["step"]))) > 1:
+            fail("the processes found different checkpoints; give an --out that all machines share")
         if state:
             refuse_changes(args, run, state)
         if RANK == 0:
@@ -352,8 +356,6 @@ def open_run(args, run, data):
             write_aside(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     except OSError as error:
         fail(f"cannot write to {out} ({error.strerror}); give another --out")
-    if len(set(gather(state and state["step"]))) > 1:
-        fail("the processes found different checkpoints; give an --out that all machines share")
     return state
 
 
@@ -460,7 +462,7 @@ def save_curves(out):
     for name in sorted(errors or {"loss", "val_nll"}):
         points = [(line["step"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points), label=name, linewidth=2 if name.startswith("val_") else 1)
-    axes.set(xlabel="step", ylabel="relative squared error" if errors else "nats per dimension")
+    axes.set(xlabel="step", ylabel="error" if errors else "nats per dimension")
     axes.set_yscale("log" if errors else "linear")
     axes.legend(fontsize=8)
     axes.figure.savefig(out / "curves.png", dpi=100)
