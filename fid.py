@@ -178,7 +178,7 @@ def quality_table(samplers, args):
         print(f"{row:{wide}}{line}" + "".join(f"{x:>{w}}" for x, w in zip(times.get(row, ()), (9, 8))))
         if len(draws) > 1:
             print(f"{'  +-':{wide}}" + "".join(f"{x:8.3f}" for x in cells.std(0, ddof=1)))
-    print(f"{args.draws} draws of {args.n} from seed {args.seed}; FD and the next of a classifier's hidden features")
+    print(f"draws: {args.draws} of {args.n} from seed {args.seed}; FD and the next of a classifier's hidden features")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
