@@ -458,7 +458,7 @@ def save_curves(out):
 
     lines = read_metrics(out)
     errors = {name for line in lines for name in line if "error_" in name}
-    axes = Figure(figsize=(7, 4)).subplots()
+    axes = Figure(figsize=(7, 4), layout="tight").subplots()
     for name in sorted(errors or {"loss", "val_nll"}):
         points = [(line["step"], line[name]) for line in lines if name in line]
         axes.plot(*zip(*points), label=name, linewidth=2 if name.startswith("val_") else 1)
