@@ -163,11 +163,11 @@ def list_images(root):
     """
     paths = []
     for folder, folders, names in os.walk(root, followlinks=True, onerror=fail):
-        paths += [Path(folder, name) for name in names]
+        paths += [Path(folder, name) for name in names if not name.startswith(HIDDEN)]
         real = Path(folder).resolve()
         folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
         folders[:] = [name for name in folders if not real.is_relative_to(Path(folder, name).resolve())]  # no loops
-    paths = sorted(p for p in paths if not any(part.startswith(HIDDEN) for part in p.relative_to(root).parts))
+    paths.sort()
     files = [p for p in paths if p.suffix.lower() in IMAGE_TYPES and p.exists()]
     classes = sorted({p.relative_to(root).parts[0] for p in files if p.parent != root})
     loose = [p for p in files if p.parent == root]

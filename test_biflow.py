@@ -1336,7 +1336,8 @@ def digit(toy, tmp_path, monkeypatch):
     Image.fromarray(pixels[0, 0].numpy()).save("five.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[0, 0] = mask[7, 2] = 255  # a pixel of token 0 (top left), one of token 13 (bottom row, second)
-    Image.merge("LA", [Image.new("L", (8, 8), "white"), Image.fromarray(mask)]).save("mask.png")  # on a clear layer
+    Image.fromarray(mask).save("mask.png")
+    Image.merge("LA", [Image.new("L", (8, 8), "white"), Image.fromarray(mask)]).save("layer.png")  # on a clear one
     return pixels / 127.5 - 1
 
 
@@ -1353,8 +1354,9 @@ def test_sample_edit_keeps_the_noise_and_changes_the_class_or_what_is_under_the_
     assert noisy.std() == pytest.approx(0.1, rel=0.2) and not torch.allclose(noisy[0], noisy[1])
     seen = []
     monkeypatch.setattr(Sampler, "__call__", lambda self, method, z, y, w: seen.append(z) or digit)
-    masked = edit("--mask mask.png")["masked"]
-    assert ((masked - digit).abs() > 1e-5).nonzero().tolist() == [[0, 0, 0, 0], [0, 0, 7, 2]] and masked.max() == 1
+    for mask in ("mask.png", "layer.png"):
+        masked = edit(f"--mask {mask}")["masked"]
+        assert ((masked - digit).abs() > 1e-5).nonzero().tolist() == [[0, 0, 0, 0], [0, 0, 7, 2]] and masked.max() == 1
     expected = z[:1].repeat(3, 1, 1)
     expected[:, [0, 13]] = sample_noise(4, range(3), sampler.config)[:, [0, 13]]
     close(seen[0], expected, 1e-5)
