@@ -4,18 +4,19 @@ python train_reverse.py                                      # the inverse of ru
 torchrun --nproc-per-node 8 train_reverse.py --size B        # data, VAE and sigma come from the forward run
 """
 
-import argparse
+import contextlib
+import dataclasses
 import functools
 import os
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
 
-from biflow import SIZES, BiFlow, FeatureDistance, PerceptualDistance, TARFlow, autocast, freeze, reverse_loss
-from data import TORCHVISION, load_classifier, load_data_of, validation_batches
-from sample import RANK, fail, load_decoder, load_run, run_script, sample_noise, setup, weights_hash
+from biflow import SIZES, BiFlow, FeatureDistance, PerceptualDistance, autocast, freeze, reverse_loss
+from sample import RANK, fail, load_run, load_vae, or_fail, run_script, sample_noise, setup
 from train_forward import PRESETS as FORWARD_PRESETS
-from train_forward import config_of, parse_args, shared_flags, train
+from train_forward import load_classifier, load_data, parse_args, shared_flags, train, validation_batches
 
 # As in stage 1, but for these; data, VAE and sigma come from the forward run.
 PRESETS = {size: preset | dict(data=None, vae=None) for size, preset in FORWARD_PRESETS.items()}
@@ -29,7 +30,8 @@ CONVNEXT = "convnextv2_base.fcmae_ft_in22k_in1k"  # licence of these weights: CC
 
 def draw_guidance(u, w_max):
     """Uniform numbers (n, 2) -> guidance scales (n,): zero for half of the samples, w_max u^2 for the others [ours]."""
-    return torch.where(u[:, 0] < 0.5, w_max * u[:, 1] ** 2, 0.0)
+    unguided, u = u.unbind(1)
+    return torch.where(unguided < 0.5, w_max * u**2, 0.0)
 
 
 def trajectory(flow, x, eps, y, args):
@@ -49,7 +51,7 @@ def stage_2_loss(net, batch, flow, perceptual, args):
     states, target = trajectory(flow, batch.x, batch.eps, batch.y, args)
     dropped = batch.drop < args.label_drop
     y = torch.where(dropped, -1, batch.y)
-    w = torch.where(dropped, 0.0, draw_guidance(batch.guidance, args.w_max))
+    w = draw_guidance(batch.guidance, args.w_max)  # G takes it as 0 where there is no class
     with autocast(batch.x.device, args.bf16):
         x_prime, predictions = net(states[-1], y, w)
         loss, errors = reverse_loss(x_prime, predictions, target, states, args.adaptive_p, args.trajectory_norm)
@@ -66,8 +68,10 @@ def evaluate(ema, flow, data, decode, device, args):
     sums, n = {}, 0
     for batch in validation_batches(data, device):
         states, target = trajectory(flow, batch.x, batch.eps, batch.y, args)
-        errors = reverse_loss(*ema(states[-1], batch.y, 0.0), target, states, 0.0, args.trajectory_norm)[1]
-        sums = {name: sums.get(name, 0.0) + value.sum().item() for name, value in errors.items()}
+        x_prime, predictions = ema(states[-1], batch.y, 0.0)
+        _, errors = reverse_loss(x_prime, predictions, target, states, trajectory_norm=args.trajectory_norm)
+        for name, value in errors.items():
+            sums[name] = sums.get(name, 0.0) + value.sum().item()
         n += len(batch.y)
     x, y = batch.x[:16], batch.y[:16]
     z = sample_noise(args.seed, range(len(y)), ema.config).to(device)
@@ -82,9 +86,10 @@ def evaluate(ema, flow, data, decode, device, args):
 def load_perceptual(decode, data, args, device):
     """LPIPS (VGG-16 of torchvision) and ConvNeXt V2 (timm) for photographs, a small classifier's features for small
     images; without the terms whose weight is 0."""
-    weights = {name: getattr(args, name) for name in ("lpips", "convnext", "features") if getattr(args, name)}
-    nets, size = {}, 224
-    try:
+    weights = dict(lpips=args.lpips, convnext=args.convnext, features=args.features)
+    nets = {}
+    size = 224
+    with or_fail("cannot load the perceptual networks; --lpips 0 --convnext 0 goes on without them"):
         if args.lpips:
             import lpips
 
@@ -94,24 +99,48 @@ def load_perceptual(decode, data, args, device):
 
             net = timm.create_model(CONVNEXT, pretrained=True, num_classes=0)
             nets["convnext"] = FeatureDistance(net, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # [ours]
-    except Exception as error:  # no network and no cached weights
-        fail(f"cannot load the perceptual networks ({error}); --lpips 0 --convnext 0 goes on without them")
     if args.features:
-        if data.info["data"] not in ("digits", *TORCHVISION):
-            fail("--features is for digits, MNIST and its like; photographs have --lpips and --convnext")
+        if data.info["vae"] or not data.info["classes"]:
+            fail("--features is for small images with classes; photographs have --lpips and --convnext")
         size = data.info["img_size"]
-        nets["features"] = FeatureDistance(load_classifier(data, args), (0.5,), (0.5,))
+        net = load_classifier(data, args.out.parent / "data")
+        nets["features"] = FeatureDistance(net, (0.5,), (0.5,))
     return PerceptualDistance(decode, nets, weights, args.adaptive_p, size).to(device) if nets else None
+
+
+def load_data_of(flow, run, args, device):
+    """The flow's data, also if they were moved with the runs, or --data, which must be of the same kind."""
+    of_flow = dict(sigma=run["sigma"], img_size=run["img_size"], patch_size=flow.config.patch_size)
+    of_flow |= dict(vae=run["vae"] or "none", mirror=run.get("mirror"))
+    for name, value in of_flow.items():
+        if value is not None and getattr(args, name) not in (None, value):
+            fail(f"--{name.replace('_', '-')} is the flow's, {value}")
+        setattr(args, name, value)
+    if args.data is None:
+        caches = [Path(run["cache"]), args.forward.resolve().parent / Path(run["cache"]).name] if run["cache"] else []
+        found = [str(cache) for cache in caches if cache.exists()]  # the second was moved with the runs
+        args.data = (found + [run["data"]])[0]
+    data = load_data(args, device)
+    if data.info["data"] == "random":
+        args.lpips, args.convnext = 0.0, 0.0  # there is nothing to see
+    classes = len(data.info["classes"])
+    if flow.config.num_classes not in (0, classes):  # an unconditional flow's G ignores the labels
+        fail(f"the data have {classes} classes, the flow {flow.config.num_classes}")
+    if flow.config.num_classes and args.w_max > 0 and args.label_drop == 0:
+        fail("guidance needs dropped labels, by which G learns of no class; give --label-drop, or --w-max 0")
+    data.info |= {name: run[name] for name in ("mean", "std") if name in run}  # as F has learned them
+    return data
 
 
 def main(argv=None):
     parser = shared_flags("Stage 2 of BiFlow: learn the inverse G of a frozen flow F, with F's data, VAE and sigma.")
-    add, on_off = parser.add_argument, argparse.BooleanOptionalAction
+    add = parser.add_argument
     add("--forward", type=Path, metavar="RUN", help="the flow's run folder (runs/forward-SIZE)")
     add("--strategy", choices=("align", "naive", "hidden"), default="align", help="how G is supervised (%(default)s)")
     add("--denoise", choices=("learned", "none"), default="learned", help="with a denoise block or not (%(default)s)")
-    add("--trajectory-norm", action=on_off, default=True, help="divide each state of the trajectory by its RMS (on)")
-    add("--adaptive-p", type=float, default=1.0, help="p of the adaptive weight (D + 0.01)^-p (%(default)s)")
+    norm_help = "divide each state of the trajectory by its RMS (on)"
+    add("--trajectory-norm", action=BooleanOptionalAction, default=True, help=norm_help)
+    add("--adaptive-p", type=float, default=1.0, help="p of the adaptive weight (d + 0.01)^-p (%(default)s)")
     add("--w-max", type=float, default=1.0, help="train guidance scales in [0, W_MAX]; 0: no guidance (%(default)s)")
     add("--lpips", type=float, help="weight of LPIPS; 0: never loaded (%(default)s)")
     add("--convnext", type=float, help="weight of ConvNeXt V2 features; 0: never loaded (%(default)s)")
@@ -120,40 +149,31 @@ def main(argv=None):
     args.out = args.out or Path(f"runs/reverse-{args.size}")
     args.forward = args.forward or Path(f"runs/forward-{args.size}")
     if args.out.resolve() == args.forward.resolve():
-        fail(f"--out {args.out} is the flow's run; give another folder")
+        fail(f"--out {args.out} is the flow's run folder; give another")
     device = setup(args)
-
-    if args.data == "random":  # random weights cost what trained ones do
-        flow, forward_run = TARFlow(SIZES[args.size]), dict(data="random", cache=None, vae=None, sigma=0.3)
-        args.lpips = args.convnext = 0.0
-        if RANK == 0:
-            print("benchmark of F and G alone: without the perceptual terms, since random latents are no images")
-    else:
-        flow, forward_run = load_run(args.forward, "forward")
-        step, steps = forward_run["step"], forward_run["args"].get("steps", 0)
-        if step < steps and RANK == 0:
-            print(f"warning: {args.forward} is not finished: step {step} of {steps}")
-    data = load_data_of(forward_run, args, device)
-    if flow.config.num_classes not in (0, len(data.info["classes"])):  # an unconditional flow's G ignores the labels
-        fail(f"the data have {len(data.info['classes'])} classes, the flow {flow.config.num_classes}")
-    if args.patch_size not in (None, flow.config.patch_size):
-        fail(f"--patch-size is the flow's, {flow.config.patch_size}")
-    args.patch_size = flow.config.patch_size
+    flow, forward_run = load_run(args.forward, "forward")
+    step, steps = forward_run["step"], forward_run["args"].get("steps", 0)
+    if step < steps and RANK == 0:
+        print(f"warning: {args.forward} is not finished: step {step} of {steps}")
+    data = load_data_of(flow, forward_run, args, device)
     freeze(flow, device, args.bf16, args.compile)
+
     same = ("img_size", "channels", "patch_size", "num_classes", "blocks", "clip")
     fields = {name: getattr(flow.config, name) for name in same}
-    config = config_of(args.size, **fields, strategy=args.strategy, denoise=args.denoise, w_max=args.w_max)
-    torch.manual_seed(args.seed)
+    fields |= dict(strategy=args.strategy, denoise=args.denoise, w_max=args.w_max)
+    with or_fail("the flags do not fit together"):
+        config = dataclasses.replace(SIZES[args.size], **fields)
+    torch.manual_seed(args.seed % 2**64)
     model = BiFlow(config)
-    run = dict(data.info, stage="reverse", sigma=args.sigma)
-    if not args.benchmark:
-        flow_folder, out = args.forward.resolve(), args.out.resolve()
-        run["forward"] = os.path.relpath(flow_folder, out) if flow_folder.drive == out.drive else str(flow_folder)
-        run["forward_hash"] = weights_hash(args.forward)
-    decode = load_decoder(run, device, args.bf16)
+    run = dict(data.info, stage="reverse", sigma=args.sigma, forward_hash=forward_run["weights_hash"])
+    run["forward"] = str(args.forward.resolve())
+    with contextlib.suppress(ValueError):  # another drive of Windows has no relative path
+        run["forward"] = os.path.relpath(run["forward"], args.out.resolve())
+    decode = load_vae(run, device, args.bf16).decode
     perceptual = load_perceptual(decode, data, args, device)
     loss = functools.partial(stage_2_loss, flow=flow, perceptual=perceptual, args=args)
-    train(args, device, model, run, data, loss, lambda ema: evaluate(ema, flow, data, decode, device, args))
+    look = functools.partial(evaluate, flow=flow, data=data, decode=decode, device=device, args=args)
+    return train(args, device, model, data, run, loss, look)
 
 
 if __name__ == "__main__":
