@@ -206,6 +206,17 @@ def test_flow_inverse_agrees_with_guided_decoding_without_a_cache(w, clip):
 
 
 @pytest.mark.parametrize("w", [0.0, 1.3])
+def test_flow_inverse_shows_each_layer_one_token_a_step(w):
+    # What a KV cache saves. Both branches of guidance run as one batch.
+    flow, seen = make(TARFlow), []
+    for block in flow.blocks:
+        for layer in block.attn_blocks:
+            layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    flow.inverse(torch.randn(3, T, D), torch.tensor([0, 1, 2]), w)
+    assert seen == B * (T - 1) * 2 * [(6 if w else 3, 1, 16)]
+
+
+@pytest.mark.parametrize("w", [0.0, 1.3])
 @pytest.mark.parametrize("patch_size, tolerance, rounds, error", [(2, 0.0, 3, 1e-10), (1, 1e-4, 14, 1e-3)])
 def test_flow_inverse_jacobi_is_the_same_map(patch_size, tolerance, rounds, error, w):
     # Oracle: token by token. T - 1 rounds make it exact; a tolerance saves some, and the identity takes a single one.
@@ -242,6 +253,8 @@ def test_flow_denoise_climbs_log_p():
     flow, y, step = make(TARFlow, torch.float64), torch.tensor([1]), 1e-5
     x = torch.randn(1, 1, 4, 4).double()
     score = (flow.denoise(x, y, 0.3) - x) / 0.3**2
+    with torch.inference_mode():  # servers wrap everything in it
+        close(flow.denoise(x, y, 0.3), x + 0.3**2 * score, 1e-12)
     for v in torch.randn(5, 1, 1, 4, 4).double():
         difference = (flow.log_prob(x + step * v, y) - flow.log_prob(x - step * v, y)) / (2 * step)
         close((score * v).sum().view(1), difference, 1e-6)
@@ -405,6 +418,26 @@ def test_alignment_of_block_j_is_with_state_B_minus_1_minus_j(strategy, part):
         x, before = x_after, after
 
 
+@pytest.mark.parametrize("strategy", ["align", "hidden", "naive"])
+def test_alignment_projects_by_hand(strategy):
+    # Heads read the hidden tokens; only in hidden distillation what they predict is lifted and goes on. Gradients, too.
+    model, h = make(BiFlow, strategy=strategy), torch.randn(4, T, 16, requires_grad=True)
+    for j in range(B + 1):
+        out, prediction = model.project(j, h)
+        if strategy == "naive" or j == B:
+            assert out is h and prediction is None
+            continue
+        weight, bias = parameters = list(model.heads[j].parameters())
+        expected = (h / h.square().mean(-1, keepdim=True).add(1e-6).sqrt()) @ weight.T + bias
+        pairs = [(prediction, expected), (out, h)]
+        if strategy == "hidden":
+            pairs[1] = (out, expected @ model.lifts[j].weight.T + model.lifts[j].bias)
+            parameters += model.lifts[j].parameters()
+        close(*zip(*pairs), 1e-5)
+        sums = [a.sin().sum() + 2 * b.cos().sum() for a, b in zip(*pairs)]
+        close(*(torch.autograd.grad(x, [h, *parameters], retain_graph=True) for x in sums), 1e-4)
+
+
 # ---- guidance --------------------------------------------------------------------------------------------------------
 def by_hand(model, z, step):
     """x' and the predictions of G, whose block j makes step(block, h, 1 if it is aligned else 0) of h."""
@@ -445,6 +478,11 @@ def test_guidance_by_hand(strategy, denoise, w_max):
     gradients = [torch.autograd.grad(x, list(model.parameters()), materialize_grads=True) for x in sums]
     for gradient, expected in zip(*gradients):
         close(gradient, expected, 1e-4 * max(1e-3, expected.abs().max().item()))
+
+
+def test_guidance_of_a_model_that_was_trained_without_it_changes_nothing():
+    model, (z, y, w) = make(BiFlow, w_max=0.0), inputs()
+    assert torch.equal(model.sample(z, y, w.double()), model.sample(z, y, 0.0))
 
 
 def test_guidance_needs_a_class_and_may_be_a_float():
@@ -845,6 +883,8 @@ def test_train_without_arguments_lowers_every_error_and_the_bar_shows_it(toy):
         assert files <= {path.name for path in (toy / "runs" / name).iterdir()}
         first, *_, last = [line for line in metrics(toy / "runs" / name) if values[0] in line]
         assert all(last[value] < first[value] for value in values)
+    line = "digits: 1345 images and 150 for validation, side 8, VAE none, 10 classes, jitter; 30 steps are 0.714 epochs"
+    assert line in (toy / "train_forward.txt").read_text()
     shown = [float(value) for value in re.findall(r"error_x ([\d.]+), ", (toy / "train_reverse.txt").read_text())]
     assert len(shown) >= 6 and shown[-1] < 0.5 * shown[0]
 
@@ -1135,6 +1175,21 @@ def test_data_are_jittered_or_half_of_them_mirrored_while_learning_and_themselve
     assert 150 < mirrored < 250
 
 
+def test_data_are_mirrored_by_default_or_not_and_so_in_stage_2(photos, tmp_path, capsys):
+    line = f"{TINY} --data {photos} --img-size 8 --out {tmp_path}"
+    run(train_forward, f"{line}/f --no-mirror")
+    assert ", 2 classes, none; 4 steps are 0.421 epochs" in capsys.readouterr().out
+    run(train_forward, f"{line}/f --no-mirror")  # goes on
+    assert "mirror: False there, True now" in refusal(capsys, train_forward, f"{line}/f")
+    run(train_reverse, f"{TINY} --forward {tmp_path}/f --out {tmp_path}/r")
+    assert [json.loads((tmp_path / name / "run.json").read_text())["mirror"] for name in "fr"] == [False, False]
+    line = f"{TINY} --forward {tmp_path}/f --out {tmp_path}/other"
+    assert "--mirror is the flow's, False" in refusal(capsys, train_reverse, f"{line} --mirror")
+    shutil.rmtree(next(tmp_path.glob("cache-*")))
+    run(train_reverse, line)  # makes the cache again
+    assert len(list(tmp_path.glob("cache-*"))) == 1
+
+
 def test_data_folder_is_scanned_for_images_and_classes(tmp_path):
     root = tmp_path / "photos"
     for name in ("cat", "dog", "dog/puppies", ".ipynb_checkpoints", "../elsewhere"):
@@ -1202,6 +1257,48 @@ def test_data_of_a_vae_are_its_posterior_normalised_also_if_the_build_was_killed
     close(ours.decode((posteriors[0].mean - ours.mean) / ours.std), net.decode(posteriors[0].mean).sample, 1e-4)
 
 
+def test_data_of_a_vae_know_it_by_its_files(photos, vae, tmp_path, capsys, monkeypatch):
+    # Not by how its path is spelled. A VAE that lacks weights or gives infinite latents is named.
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.chdir(tmp_path)
+    file = shutil.copytree(vae, "vae") / Path("diffusion_pytorch_model.safetensors")
+    line = f"--data {photos} --img-size 64 --out r --vae"
+    latents = [load(f"{line} {name}") for name in ("vae", "./vae/")]
+    assert latents[0].info == latents[1].info and latents[0].info["vae"] == str(tmp_path / "vae")
+    monkeypatch.chdir("/")
+    assert load_vae(latents[0].info, CPU).net.config.latent_channels == 4
+    monkeypatch.chdir(tmp_path)
+    assert "is of --vae none" in refusal(capsys, train_forward, f"{line} vae --data digits")
+    cache = latents[0].info["cache"]
+    assert "cache-photos" in cache.replace(photos.name, "photos")
+    assert f"is of --vae {tmp_path / 'vae'}" in refusal(capsys, train_forward, f"--data {cache} --vae {vae}")
+    state = load_file(file)
+    save_file(state | {"quant_conv.weight": state["quant_conv.weight"] * 1e9}, file)
+    assert f"VAE {tmp_path / 'vae'} gives latents that are not finite" in refusal(capsys, train_forward, f"{line} vae")
+    save_file({name: value for name, value in state.items() if "up_blocks.0" not in name}, file)
+    assert "weights of an AutoencoderKL" in refusal(capsys, train_forward, f"{line} vae")
+
+
+def test_data_caches_with_gaps_and_links_that_loop(photos, tmp_path, capsys):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    (copy / "class0/loop").symlink_to(copy)
+    (copy / "class0/gone.png").symlink_to("nowhere")
+    assert "gone.png: No such file" in refusal(capsys, train_forward, f"--data {copy} --out {tmp_path / 'run'}")
+    (copy / "class0/gone.png").unlink()
+    os.rename(os.fsencode(copy / "class1/07.png"), os.fsencode(copy / "class1") + b"/caf\xe9.png")  # no UTF-8
+    Path(os.fsdecode(os.fsencode(copy / "class1") + b"/caf\xe9.png")).write_bytes(b"")
+    found = load(f"--data {copy} --img-size 8 --out {tmp_path / 'run'}")
+    assert len(found.labels) == 40 and len(found.fit) + len(found.val) == 39
+    assert b"caf\xe9.png" in (Path(found.info["cache"]) / "damaged.txt").read_bytes()
+    done = np.load(Path(found.info["cache"]) / "done.npy", mmap_mode="r+")
+    done[3:6] = 0
+    done.flush()
+    assert "it lacks 3 images" in refusal(
+        capsys, train_forward, f"--data {found.info['cache']} --out {tmp_path / 'run'}"
+    )
+
+
 def test_data_images_of_every_kind_are_read(tmp_path):
     sideways = Image.new("RGB", (30, 40), "black")
     sideways.paste("white", (0, 0, 30, 20))  # the upper half; orientation 6 turns it to the right
@@ -1211,7 +1308,12 @@ def test_data_images_of_every_kind_are_read(tmp_path):
     Image.new("RGB", (40, 30), (250, 10, 20)).convert("P").save(tmp_path / "palette.png")
     Image.new("RGBA", (40, 40), (250, 10, 20, 0)).save(tmp_path / "clear.png")
     Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(tmp_path / "grey16.png")
+    Image.new("RGB", (20_000, 1), "red").save(tmp_path / "strip.png")
     read = {path.stem: read_image(path, 16).astype(int) for path in tmp_path.iterdir()}
+    assert read["strip"].shape == (3, 16, 16) and (read["strip"][0] == 255).all()
+    Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(tmp_path / "grey12.png")
+    with pytest.warns(UserWarning, match="12 bits"):
+        assert (read_image(tmp_path / "grey12.png", 16) == 15).all()
     assert abs(read["palette"] - [[[255]], [[0]], [[0]]]).max() <= 51  # the palette's steps
     assert (read["clear"] == 255).all() and abs(read["grey16"] - 156).max() <= 1
     assert read["exif"][:, :, 10:].min() > 240 and read["exif"][:, :, :6].max() < 15  # white on the right
@@ -1268,6 +1370,32 @@ def test_sample_needs_two_files_and_a_run_and_writes_what_it_says(toy, tmp_path,
     for line in ("--method exact", f"--edit {tmp_path / 'a.png'}", "--trajectory"):
         assert "flow" in refusal(capsys, sample, f"{tmp_path / 'G'} {line}")
     assert "flow" in refusal(capsys, fid, f"{tmp_path / 'G'} --speed")
+
+
+def test_sample_runs_on_one_process_whatever_an_environment_has_left_over(toy, tmp_path, capsys, monkeypatch):
+    code = "import sample; print(sample.RANK, sample.WORLD)"
+    environment = os.environ | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+    said = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, env=environment, capture_output=True, text=True)
+    assert said.stdout == "0 1\n"
+    monkeypatch.setattr(sample, "WORLD", 2)
+    assert "one process" in refusal(capsys, sample, str(toy / "runs/reverse-toy"))
+
+
+def test_sample_says_what_it_writes_expands_paths_and_shows_real_images_of_the_labels(
+    toy, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    line = f"{toy / 'runs/reverse-toy'} --n 4 --classes 8,3 --guidance 0 0.5 --method biflow --seed {2**70}"
+    run(sample, f"{line} --npz=~/a --out=~/图.png")
+    assert f"a: 4 images of biflow w=0.5, seed {2**70}" in capsys.readouterr().out and (tmp_path / "图.png").exists()
+    found = np.load(tmp_path / "a")
+    assert found["arr_1"].tolist() == [8, 3, 8, 3]
+    real = torch.load(toy / "runs/reverse-toy/real.pt")
+    sampler, args = Sampler.load(toy / "runs/reverse-toy", CPU, ARGS), sample.parse(line.split())
+    close(sample.samples(sampler, args)["real"], real["x"][[8, 3, 18, 13]], 0)
+    run(train_forward, f"{TINY} --seed {2**70} --out=~/f")
+    assert (tmp_path / "f/model.safetensors").exists()
 
 
 def test_sample_warns_of_a_flow_that_changed(toy, tmp_path, capsys):
@@ -1503,6 +1631,10 @@ def bad(tmp_path_factory, toy, photos):
     Image.new("L", (8, 8)).save(root / "black.png")
     np.savez(root / "nothing.npz", other=np.zeros(3))
     np.savez(root / "images.npz", arr_0=np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3), dtype=np.uint8))
+    np.savez(root / "wide.npz", arr_0=np.zeros((4, 8, 16, 3), np.uint8))
+    flipped = bytearray((root / "images.npz").read_bytes())
+    flipped[700] ^= 255
+    (root / "flipped.npz").write_bytes(flipped)
     torch.save({"a": Payload()}, root / "pickle.pth")
     (root / "F").symlink_to(forward)
     (root / "G").symlink_to(reverse)
@@ -1514,6 +1646,8 @@ BAD_INPUT = [
     ("train_forward", "--patch-size 3", "does not divide img_size 8"),
     ("train_forward", "--img-size 16", "digits is of --vae none and --img-size 8"),
     ("train_forward", "--vae nowhere", "digits is of --vae none and --img-size 8"),
+    ("train_forward", "--lr -1", "--lr -1.0 is too small"),
+    ("train_forward", "--label-drop 1.5", "--ema 1 or less"),
     ("train_forward", "--data empty", "holds 0 images, too few"),
     ("train_forward", "--data broken", "1 can be read, too few"),
     ("train_forward", "--data mnists", "is not a folder"),
@@ -1522,6 +1656,8 @@ BAD_INPUT = [
     ("train_forward", "--data splits/val --vae nowhere", "cannot load the VAE"),
     ("train_forward", "--out file/run", "Not a directory"),
     ("train_forward", "--resume pickle.pth", "pickle.pth has no checkpoint that loads"),
+    ("train_forward", "--resume F/real.pt --out new", "F/real.pt has no checkpoint that loads"),
+    ("train_forward", "--data cache --vae nowhere", "of --vae none and --img-size 32"),
     ("train_forward", "--out other", "other has no checkpoint"),
     ("train_forward", "--data splits/val --out splits/val/run", "lies inside --data"),
     ("train_forward", "--out F --batch-size 32 --seed 3", "seed: 0 there, 3 now"),
@@ -1531,6 +1667,7 @@ BAD_INPUT = [
     ("train_reverse", "--forward G", "is a reverse run"),
     ("train_reverse", "--forward F --patch-size 4", "--patch-size is the flow's, 2"),
     ("train_reverse", "--forward F --sigma 0.5", "--sigma is the flow's, 0.1"),
+    ("train_reverse", "--forward F --label-drop 0", "guidance needs dropped labels"),
     ("train_reverse", "--forward garbled", "cannot load the run"),
     ("train_reverse", "--forward cut", "cannot load the run"),
     ("train_reverse", "--forward F --data cache", "of --vae none and --img-size 32"),
@@ -1546,6 +1683,9 @@ BAD_INPUT = [
     ("fid", "missing", "missing is not a trained run"),
     ("fid", "nothing.npz --inception-weights pickle.pth", "cannot load Inception"),
     ("fid", "images.npz --inception-weights pickle.pth", "cannot load Inception"),
+    ("fid", "flipped.npz --inception-weights sound", "cannot read flipped.npz"),
+    ("fid", "wide.npz --inception-weights sound", "8 x 16; they must be square"),
+    ("fid", "images.npz --img-size 9 --inception-weights sound", "8 x 8; they must be square, and of --img-size"),
 ]
 
 
@@ -1554,6 +1694,8 @@ def test_commands_refuse_bad_input_with_one_line(bad, script, line, message, cap
     monkeypatch.chdir(bad)
     paths = [*bad.rglob("*.*"), *Path("F").glob("*.*")]  # rglob does not follow the link F
     before = {path: path.stat().st_mtime_ns for path in paths}
+    if "sound" in line:
+        monkeypatch.setattr(fid, "load_inception", lambda *args: None)
     short = "--steps 1 --batch-size 4" if script.startswith("train") and "batch" not in line else ""
     assert message in refusal(capsys, SCRIPTS[script], f"{short} {line}") and not Path("ran").exists()
     assert before == {path: path.stat().st_mtime_ns for path in paths}
