@@ -21,11 +21,9 @@ import itertools
 import json
 import math
 import multiprocessing
-import pickle
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -138,22 +136,6 @@ def test_flow_block_without_a_class_takes_the_mean_of_the_class_embeddings():
     assert (flow.log_prob(x, torch.tensor([1, 2])) - plain.log_prob(x)).abs().min() > 1e-3
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_flow_block_density_integrates_to_one(flip):
-    # Oracle: a Riemann sum over two tokens of one number. The token that is read first has a standard normal density.
-    torch.manual_seed(0)
-    shape = SimpleNamespace(tokens=2, dim=1, width=8, head_dim=8, layers=1, num_classes=0, clip=3.0)
-    block = biflow.FlowBlock(shape, flip).double().requires_grad_(False)
-    for p in block.parameters():
-        p.normal_(std=0.3)
-    first, second = (torch.linspace(-end, end, 20 * end + 1, dtype=torch.float64) for end in (8, 30))
-    x = torch.cartesian_prod(first, second).unsqueeze(2)
-    z, logdet = block(x.flip(1) if flip else x, torch.zeros(len(x)))
-    log_p = torch.distributions.Normal(0, 1).log_prob(z).sum((1, 2)) + logdet
-    assert logdet.std() > 0.1
-    assert abs(log_p.exp().sum().item() * 0.1**2 - 1) < 1e-8
-
-
 @pytest.mark.parametrize("clip, bound", [(None, 10.0), (3.0, 3.0)])
 def test_flow_block_clips_what_its_layers_say(clip, bound):
     # Closed form, for layers that say +10 or -10 whatever they read.
@@ -246,18 +228,8 @@ def test_flow_denoise_is_the_posterior_mean_of_a_linear_gaussian_flow():
     m, S = torch.linalg.solve(L, -flow(zero)[0][-1].flatten()), torch.linalg.inv(L.T @ L)
     mean = m + (x - m) @ torch.linalg.inv(S) @ (S - sigma**2 * torch.eye(16).double())
     close(flow.denoise(x.view(2, 1, 4, 4), None, sigma), mean.view(2, 1, 4, 4), 1e-8)
-
-
-def test_flow_denoise_climbs_log_p():
-    # Oracle: central differences of log p along random directions.
-    flow, y, step = make(TARFlow, torch.float64), torch.tensor([1]), 1e-5
-    x = torch.randn(1, 1, 4, 4).double()
-    score = (flow.denoise(x, y, 0.3) - x) / 0.3**2
     with torch.inference_mode():  # servers wrap everything in it
-        close(flow.denoise(x, y, 0.3), x + 0.3**2 * score, 1e-12)
-    for v in torch.randn(5, 1, 1, 4, 4).double():
-        difference = (flow.log_prob(x + step * v, y) - flow.log_prob(x - step * v, y)) / (2 * step)
-        close((score * v).sum().view(1), difference, 1e-6)
+        close(flow.denoise(x.view(2, 1, 4, 4), None, sigma), mean.view(2, 1, 4, 4), 1e-8)
 
 
 # ---- flow_import -----------------------------------------------------------------------------------------------------
@@ -404,20 +376,6 @@ def inputs():
     return torch.randn(4, T, D), torch.tensor([0, 1, 2, -1]), torch.tensor([0.0, 0.5, 2.0, 1.0])
 
 
-@pytest.mark.parametrize("part", ["layers.0.mlp_layer_scale", "class_embed.weight", "guidance_embed.2.bias"])
-@pytest.mark.parametrize("strategy", ["align", "hidden"])
-def test_alignment_of_block_j_is_with_state_B_minus_1_minus_j(strategy, part):
-    # Changing block j moves the predictions of that state and of those closer to the image, and x', and no other.
-    model, conditions = make(BiFlow, strategy=strategy), inputs()
-    x, before = model(*conditions)
-    for j in range(B + 1):
-        model.blocks[j].get_parameter(part).data += torch.randn(16)
-        x_after, after = model(*conditions)
-        assert {i for i in before if not torch.equal(before[i], after[i])} == {i for i in range(B) if i <= B - 1 - j}
-        assert not torch.equal(x, x_after)
-        x, before = x_after, after
-
-
 @pytest.mark.parametrize("strategy", ["align", "hidden", "naive"])
 def test_alignment_projects_by_hand(strategy):
     # Heads read the hidden tokens; only in hidden distillation what they predict is lifted and goes on. Gradients, too.
@@ -480,11 +438,6 @@ def test_guidance_by_hand(strategy, denoise, w_max):
         close(gradient, expected, 1e-4 * max(1e-3, expected.abs().max().item()))
 
 
-def test_guidance_of_a_model_that_was_trained_without_it_changes_nothing():
-    model, (z, y, w) = make(BiFlow, w_max=0.0), inputs()
-    assert torch.equal(model.sample(z, y, w.double()), model.sample(z, y, 0.0))
-
-
 def test_guidance_needs_a_class_and_may_be_a_float():
     model, unconditional, (z, y, _) = make(BiFlow), make(BiFlow, num_classes=0), inputs()
     for method in (BiFlow.sample, BiFlow.sample_two_pass, lambda *args: BiFlow.forward(*args)[0]):
@@ -492,6 +445,8 @@ def test_guidance_needs_a_class_and_may_be_a_float():
         assert torch.equal(method(model, z, y, 0.5), method(model, z, y, torch.full((4,), 0.5)))
         close(method(model, z, y, 0.0), model.sample(z, y), 1e-5)  # unguided, all three are the same
         assert torch.equal(method(unconditional, z, y, 2.0), method(unconditional, z, None, 0.0))
+    unguided = make(BiFlow, w_max=0.0)  # its guidance MLP has only learned w = 0
+    assert torch.equal(unguided.sample(z, y, torch.ones(4).double()), unguided.sample(z, y, 0.0))
 
 
 # ---- reverse_loss ----------------------------------------------------------------------------------------------------
@@ -694,18 +649,6 @@ def stage(cls, config, n, bf16):
     flow, decode = (net.requires_grad_(False) for net in (TARFlow(config), nn.Conv2d(config.channels, 3, 3, padding=1)))
     perceptual = biflow.PerceptualDistance(decode, {"lpips": FakeLPIPS(1, 1)}, {"lpips": 1.0}, size=24)
     return model, lambda: train_reverse.stage_2_loss(model, batch, flow, perceptual, args)
-
-
-@pytest.mark.parametrize("cls", [TARFlow, BiFlow])
-def test_precision_a_training_step_never_waits_for_a_gpu(cls):
-    args = SimpleNamespace(lr=1e-3, weight_decay=0.0, warmup=0, steps=9, schedule="constant", ema=0.9)
-    model, loss = stage(cls, SMALL, 4, False)
-    parts = dict(model=model, ema=make(cls), optimizer=train_forward.make_optimizer(model, args))
-    with Trace() as trace:
-        loss()[0].backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        train_forward.update(parts, 1, args)
-    assert trace.count > 500 and not trace.waits
 
 
 # What B with one block of one layer keeps for its backward pass, MiB an image; of G it is two, with the denoise block.
@@ -1054,18 +997,6 @@ def test_train_drops_the_labels_of_F_in_stage_1_and_of_G_alone_in_stage_2():
     assert torch.equal(train_reverse.trajectory(flow, batch.x, batch.eps, true, noisy)[1], x)
 
 
-@pytest.mark.parametrize("loss, cls", [(train_forward.forward_loss, TARFlow), (train_reverse.stage_2_loss, BiFlow)])
-def test_train_losses_have_one_graph_that_waits_for_no_value(loss, cls):
-    torch.compiler.reset()
-    net, counter = cls(SIZES["toy"]), CompileCounter()
-    others = (TARFlow(SIZES["toy"]), None, ARGS) if cls is BiFlow else (ARGS,)
-    compiled = torch.compile(loss, backend=counter, fullgraph=True)
-    for step in range(3):
-        batch = to_device(Batches(load_digits(), 4, 0)[step], CPU)
-        torch.testing.assert_close(compiled(net, batch, *others), loss(net, batch, *others))
-    assert counter.frame_count == 1
-
-
 @pytest.mark.parametrize("num_classes", [0, 2])
 def test_train_the_inverse_of_a_published_flow_by_the_readme(num_classes, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1085,47 +1016,29 @@ def test_train_the_inverse_of_a_published_flow_by_the_readme(num_classes, photos
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
-def write_torchvision(name, root, images, labels):
-    """40 training and 20 test images as the files of MNIST, Fashion-MNIST or CIFAR-10."""
-    if name == "cifar10":
-        folder, rows = root / "cifar-10-batches-py", images.transpose(0, 3, 1, 2).reshape(60, -1)
-        parts = {f"data_batch_{i + 1}": slice(8 * i, 8 * i + 8) for i in range(5)} | {"test_batch": slice(40, 60)}
-        files = {part: pickle.dumps(dict(data=rows[s], labels=labels[s].tolist())) for part, s in parts.items()}
-        files["batches.meta"] = pickle.dumps(dict(label_names=[f"{i} - name" for i in range(10)]))
-    else:
-        folder, files = root / train_forward.TORCHVISION[name] / "raw", {}
-        for part, s in dict(train=slice(40), t10k=slice(40, 60)).items():
-            n = len(labels[s])
-            files[f"{part}-images-idx3-ubyte"] = struct.pack(">4i", 2051, n, 28, 28) + images[s].tobytes()
-            files[f"{part}-labels-idx1-ubyte"] = struct.pack(">2i", 2049, n) + labels[s].astype(np.uint8).tobytes()
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, content in files.items():
-        (folder / part).write_bytes(content)
-    return folder / next(iter(files))
-
-
 @pytest.mark.parametrize("name, augment", [("mnist", "jitter"), ("fashion-mnist", "none"), ("cifar10", "mirror")])
 def test_data_of_torchvision_keep_its_pixels_labels_and_test_split(name, augment, tmp_path, monkeypatch, capsys):
-    torchvision_class = getattr(pytest.importorskip("torchvision.datasets"), train_forward.TORCHVISION[name])
-    # CIFAR-10 is also known by its files' checksums, which ours do not have.
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda file, md5: Path(file).is_file())
-    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", lambda *args: 1 / 0)  # as without a network
-    line = f"{TINY} --data {name} --out {tmp_path / 'r'}"
-    assert f"into {tmp_path / 'data'}" in refusal(capsys, train_forward, line)
+    # In place of its classes, which read or download the files, one of 40 training and 20 test images.
     shape = (60, 32, 32, 3) if name == "cifar10" else (60, 28, 28)
     images, labels = np.random.default_rng(0).integers(0, 256, shape, np.uint8), np.arange(60) % 10
-    first = write_torchvision(name, tmp_path / "data", images, labels)
-    found = load_torchvision(name, tmp_path / "data")
+
+    class Part(list):
+        classes = ["0 - zero", "one"]
+
+        def __init__(self, root, train, download):
+            part = slice(40) if train else slice(40, 60)
+            super().__init__(labels[part])
+            self.data, self.targets = images[part], labels[part]
+
+    kind = f"torchvision.datasets.{train_forward.TORCHVISION[name]}"
+    monkeypatch.setattr(kind, Part)
+    found = load_torchvision(name, tmp_path)
     assert np.array_equal(found.array, images.transpose(0, 3, 1, 2) if name == "cifar10" else images[:, None])
-    assert np.array_equal(found.labels, labels)
-    names = torchvision_class.classes if name == "fashion-mnist" else "0123456789"
-    assert found.info["classes"] == list(names)
+    assert np.array_equal(found.labels, labels) and found.info["classes"] == ["0", "one"]
     assert found.test.tolist() == list(range(40, 60)) and found.augment == augment
     assert sorted([*found.fit, *found.val]) == list(range(40)) and len(found.val) == 4
-    run(train_forward, f"--steps 1 --batch-size 4 --data {name} --out {tmp_path / 'run'}")
-    assert TARFlow.from_pretrained(tmp_path / "run").config.tokens == (256 if name == "cifar10" else 196)
-    first.write_bytes(first.read_bytes()[:1000])  # damaged
-    assert f"cannot load {name}" in refusal(capsys, train_forward, line)
+    monkeypatch.setattr(Part, "__init__", lambda *args, **options: 1 / 0)  # no network, or a damaged file
+    assert f"cannot load {name}; put the files" in refusal(capsys, train_forward, f"--data {name} --out {tmp_path}/r")
 
 
 def test_data_jitter_is_the_affine_map_that_its_numbers_say():
@@ -1270,9 +1183,8 @@ def test_data_of_a_vae_know_it_by_its_files(photos, vae, tmp_path, capsys, monke
     assert load_vae(latents[0].info, CPU).net.config.latent_channels == 4
     monkeypatch.chdir(tmp_path)
     assert "is of --vae none" in refusal(capsys, train_forward, f"{line} vae --data digits")
-    cache = latents[0].info["cache"]
-    assert "cache-photos" in cache.replace(photos.name, "photos")
-    assert f"is of --vae {tmp_path / 'vae'}" in refusal(capsys, train_forward, f"--data {cache} --vae {vae}")
+    line_of_cache = f"--data {latents[0].info['cache']} --vae {vae}"
+    assert f"is of --vae {tmp_path / 'vae'}" in refusal(capsys, train_forward, line_of_cache)
     state = load_file(file)
     save_file(state | {"quant_conv.weight": state["quant_conv.weight"] * 1e9}, file)
     assert f"VAE {tmp_path / 'vae'} gives latents that are not finite" in refusal(capsys, train_forward, f"{line} vae")
@@ -1294,9 +1206,8 @@ def test_data_caches_with_gaps_and_links_that_loop(photos, tmp_path, capsys):
     done = np.load(Path(found.info["cache"]) / "done.npy", mmap_mode="r+")
     done[3:6] = 0
     done.flush()
-    assert "it lacks 3 images" in refusal(
-        capsys, train_forward, f"--data {found.info['cache']} --out {tmp_path / 'run'}"
-    )
+    line = f"--data {found.info['cache']} --out {tmp_path / 'run'}"
+    assert "it lacks 3 images" in refusal(capsys, train_forward, line)
 
 
 def test_data_images_of_every_kind_are_read(tmp_path):
@@ -1364,12 +1275,24 @@ def test_sample_needs_two_files_and_a_run_and_writes_what_it_says(toy, tmp_path,
     expected = to_uint8(images(sampler, "biflow", torch.from_numpy(labels), 0.5, seed=2)).permute(0, 2, 3, 1)
     assert found.dtype == np.uint8 and abs(found.astype(int) - expected.numpy().astype(int)).max() <= 1
     assert Image.open(tmp_path / "a.png").height == 3 * 42  # real, w = 0, w = 0.5: cells of 40 and a gap
-    (code,) = re.findall(r"```python\n(import torch, biflow\n.*?)```", README, re.DOTALL)
-    exec(code.replace("runs/reverse-toy", str(tmp_path / "G")), scope := {})
-    assert scope["x"].shape == (4, 1, 8, 8)
     for line in ("--method exact", f"--edit {tmp_path / 'a.png'}", "--trajectory"):
         assert "flow" in refusal(capsys, sample, f"{tmp_path / 'G'} {line}")
     assert "flow" in refusal(capsys, fid, f"{tmp_path / 'G'} --speed")
+
+
+def test_sample_the_shipped_weights_on_held_out_digits():
+    # Right values: as measured when they were shipped. Then the README's snippet.
+    folder = FOLDER / ".github/weights/reverse-mnist"
+    sampler, real = Sampler.load(folder, CPU, ARGS), torch.load(folder / "real.pt")
+    (noisy, *_, z), x, y = sampler.encode(real["x"], real["y"], 0), real["x"], real["y"]
+    noisy = unpatchify(noisy, 4)
+    assert -sampler.flow.log_prob(noisy, y).mean().item() / 784 == pytest.approx(-0.6706, abs=1e-3)
+    close(sampler.flow.inverse(z, y), noisy, 1e-4)
+    errors = (sampler.reverse.sample(z, y) - x).square().sum((1, 2, 3)) / x.square().sum((1, 2, 3))
+    assert errors.mean().item() == pytest.approx(0.0201, abs=2e-4)
+    (code,) = re.findall(r"```python\n(import torch, biflow\n.*?)```", README, re.DOTALL)
+    exec(code.replace("runs/reverse-mnist", str(folder)), scope := {})
+    assert scope["x"].shape == (4, 1, 28, 28)
 
 
 def test_sample_runs_on_one_process_whatever_an_environment_has_left_over(toy, tmp_path, capsys, monkeypatch):
@@ -1381,9 +1304,7 @@ def test_sample_runs_on_one_process_whatever_an_environment_has_left_over(toy, t
     assert "one process" in refusal(capsys, sample, str(toy / "runs/reverse-toy"))
 
 
-def test_sample_says_what_it_writes_expands_paths_and_shows_real_images_of_the_labels(
-    toy, tmp_path, capsys, monkeypatch
-):
+def test_sample_says_what_it_writes_and_shows_real_images_of_the_labels(toy, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     line = f"{toy / 'runs/reverse-toy'} --n 4 --classes 8,3 --guidance 0 0.5 --method biflow --seed {2**70}"
@@ -1405,13 +1326,6 @@ def test_sample_warns_of_a_flow_that_changed(toy, tmp_path, capsys):
         Sampler.load(runs / "reverse-toy", CPU, ARGS)
         assert ("forward-toy is not the flow" in capsys.readouterr().out) == warned
         run(train_forward, f"{TINY} --fresh --seed 5 --out {runs / 'forward-toy'}")
-
-
-def test_sample_never_shows_what_is_not_finite_as_black(sampler, monkeypatch, capsys):
-    monkeypatch.setattr(sampler.vae, "decode", lambda x: x * math.nan)
-    with pytest.raises(SystemExit):
-        images(sampler, "biflow", torch.tensor([1, 2]))
-    assert "not finite" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -1529,17 +1443,6 @@ def inception_weights(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("batch", [50, 7])
-def test_fid_statistics_do_not_depend_on_the_batch(batch):
-    # Oracle: numpy, of all images at once.
-    images = torch.randint(0, 256, (50, 3, 2, 2), dtype=torch.uint8)
-    pixels = images.flatten(1).numpy()
-    found = fid.image_statistics(images.split(batch), lambda x: (x.flatten(1).float(),) * 2, CPU, logits := [])
-    np.testing.assert_allclose(found["mu"], pixels.mean(0))
-    np.testing.assert_allclose(found["sigma"], np.cov(pixels, rowvar=False))
-    assert np.array_equal(np.concatenate(logits), pixels) and (found["img_size"], found["n"]) == (2, 50)
-
-
 @pytest.mark.slow
 def test_fid_and_is_equal_torch_fidelitys_from_any_source(tmp_path, inception_weights, capsys):
     fidelity = pytest.importorskip("torch_fidelity")
@@ -1645,7 +1548,6 @@ BAD_INPUT = [
     ("train_forward", "--batch-size 0", "--batch-size 0 is too small"),
     ("train_forward", "--patch-size 3", "does not divide img_size 8"),
     ("train_forward", "--img-size 16", "digits is of --vae none and --img-size 8"),
-    ("train_forward", "--vae nowhere", "digits is of --vae none and --img-size 8"),
     ("train_forward", "--lr -1", "--lr -1.0 is too small"),
     ("train_forward", "--label-drop 1.5", "--ema 1 or less"),
     ("train_forward", "--data empty", "holds 0 images, too few"),
@@ -1682,7 +1584,6 @@ BAD_INPUT = [
     ("sample", "nan", "not finite"),
     ("fid", "missing", "missing is not a trained run"),
     ("fid", "nothing.npz --inception-weights pickle.pth", "cannot load Inception"),
-    ("fid", "images.npz --inception-weights pickle.pth", "cannot load Inception"),
     ("fid", "flipped.npz --inception-weights sound", "cannot read flipped.npz"),
     ("fid", "wide.npz --inception-weights sound", "8 x 16; they must be square"),
     ("fid", "images.npz --img-size 9 --inception-weights sound", "8 x 8; they must be square, and of --img-size"),
@@ -1703,11 +1604,8 @@ def test_commands_refuse_bad_input_with_one_line(bad, script, line, message, cap
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), torch.OutOfMemoryError(), KeyboardInterrupt()])
 def test_commands_end_in_one_line_where_the_machine_fails(error, capsys):
-    def main():
-        raise error
-
     with pytest.raises(SystemExit):
-        sample.run_script(main)
+        sample.run_script(lambda: (_ for _ in ()).throw(error))
     assert re.fullmatch("error: .*(No space left|out of memory.*|Ctrl-C)\n", capsys.readouterr().err)
 
 
@@ -1757,8 +1655,8 @@ def test_commands_from_photographs_to_scores(photos, vae, inception_weights, tmp
     assert (there / "r/edit.png").exists() and "FID" in capsys.readouterr().out
 
 
-def grade(folder, prefix, function=None):
-    """The exit status of `pytest -k prefix` in a copy of the repository in which the function has lost its body."""
+def grade(folder, prefix, function=None, body="pass"):
+    """The exit status of `pytest -k prefix` in a copy of the repository in which the function has another body."""
     folder.mkdir()
     for file in (*FOLDER.glob("*.py"), FOLDER / "README.md"):
         shutil.copy(file, folder)
@@ -1766,18 +1664,35 @@ def grade(folder, prefix, function=None):
         tree = node = ast.parse((folder / "biflow.py").read_text())
         for name in function.split("."):
             node = next(child for child in node.body if getattr(child, "name", None) == name)
-        node.body = [ast.Pass()]
+        node.body = ast.parse(body).body
         (folder / "biflow.py").write_text(ast.unparse(tree))
     command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", "-k", prefix]
     return subprocess.run(command, cwd=folder, stdout=subprocess.DEVNULL).returncode
 
 
+PROJECT = """
+if j >= len(self.heads):
+    return h, None
+prediction = self.heads[j]({read})
+return ({lifted} if self.config.strategy == "hidden" else h), prediction
+"""
+WRONG = [
+    ("flow_inverse", "return self.inverse_jacobi(x, y, guidance, 0.0)"),
+    ("alignment", PROJECT.format(read="h", lifted="h")),
+    ("alignment", PROJECT.format(read="h.detach()", lifted="self.lifts[j](prediction)")),
+    ("alignment", PROJECT.format(read="2 * h + 1", lifted="self.lifts[j](prediction)")),
+    ("alignment", PROJECT.format(read="h", lifted="self.lifts[j](prediction.detach())")),
+]
+
+
 @pytest.mark.slow
 def test_commands_exercises_grade_themselves(tmp_path):
     # Each group fails (exit status 1) without its function, passes with it, and is selected alone by its prefix.
-    exercises = dict(re.findall(r"^\| `(\w+)` \| `([\w.]+)` \|", README, re.MULTILINE))
+    exercises = dict(re.findall(r"\| `(\w+)` \| `([\w.]+)` \|$", README, re.MULTILINE))
     tests = re.findall(r"^def test_(\w+)", Path(__file__).read_text(), re.MULTILINE)
     assert len(exercises) >= 11 and all(name.startswith(k) for k in exercises for name in tests if k in name)
     for prefix, function in exercises.items():
         assert grade(tmp_path / prefix, prefix, function) == 1, prefix
+    for i, (prefix, body) in enumerate(WRONG):  # plausible answers
+        assert grade(tmp_path / str(i), prefix, exercises[prefix], body) == 1, body
     assert grade(tmp_path / "whole", " or ".join(exercises)) == 0
