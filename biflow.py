@@ -322,7 +322,7 @@ class TARFlow(HubModel):
     @classmethod
     def from_tarflow(cls, state_dict: dict[str, Tensor], config: Config) -> "TARFlow":
         """A model with a published TARFlow's weights, not clipped. Raises ValueError or RuntimeError for others."""
-        if not torch.all(state_dict["var"] == 1):
+        if not torch.all(state_dict.get("var", torch.zeros(1)) == 1):
             raise ValueError("the checkpoint has a learned prior: it is the volume-preserving variant of TARFlow")
         state = {name: value for name, value in state_dict.items() if not name.endswith(("var", "attn_mask"))}
         model = cls(dataclasses.replace(config, clip=None))
@@ -400,7 +400,7 @@ class ReverseBlock(nn.Module):
         width = config.width
         self.K = config.class_tokens + config.guidance_tokens  # context tokens
         self.class_embed = nn.Embedding(1 + config.num_classes, width)  # the first row is "no class"
-        self.guidance_embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))
+        self.guidance_embed = nn.Sequential(nn.Linear(32, width), nn.SiLU(), nn.Linear(width, width))  # of waves [ours]
         self.slot_embed = nn.Parameter(torch.randn(self.K, width))  # tells the context tokens apart
         self.layers = nn.ModuleList(ReverseLayer(width, config.head_dim) for _ in range(config.layers))
         self.register_buffer("rope", rope_table(self.K, math.isqrt(config.tokens), config.head_dim), persistent=False)
@@ -442,7 +442,7 @@ class BiFlow(HubModel):
         width = config.width
         blocks = config.blocks + 1 if config.denoise == "learned" else config.blocks
         self.proj_in = nn.Linear(config.dim, width)
-        self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, width))
+        self.pos_embed = nn.Parameter(0.3 * torch.randn(config.tokens, width))  # one for all blocks; 0.3 is [ours]
         self.blocks = nn.ModuleList(ReverseBlock(config) for _ in range(blocks))
         # One head for each state between z and x'. heads[j] reads what block j gives.
         supervised = 0 if config.strategy == "naive" else blocks - 1
@@ -468,11 +468,11 @@ class BiFlow(HubModel):
         return h, prediction
 
     def forward(self, z: Tensor, y: Tensor | None, w: Tensor | float) -> tuple[Tensor, dict[int, Tensor]]:
-        """Training: z (N, T, D), y (N,), w (N,) -> x' (N, C, H, W), predictions {i: (N, T, D)} of x^i / RMS(x^i).
+        """Training: z (N, T, D), y (N,), w (N,) -> x' (N, C, H, W), predictions {i: (N, T, D)} of normalised x^i.
 
         Training-time guidance: (G_j(h | class, w) + w G_j(h | none)) / (1 + w) goes on and is supervised, so that
         G_j(h | class, w) learns to be guided. The none-branch runs without gradient, and one w serves all aligned
-        blocks [dev]. The denoise block reads w, but is not recombined [ours]. Naive distillation recombines, too."""
+        blocks [dev]. The denoise block reads w, but is not recombined [ours]. Naive distillation also, if w_max > 0."""
         y, w = self.conditions(z, y, w)
         none, zero = self.conditions(z, None, 0.0)
         scale = w.view(-1, 1, 1)
@@ -572,7 +572,7 @@ def reverse_loss(
 
 
 class FeatureDistance(nn.Module):
-    """Squared differences (N,) of a network's features of images in [-1, 1]; mean and std are its, for [0, 1]."""
+    """Squared differences (N,) of a network's features. mean, std: of the images, in [0, 1], that it was trained on."""
 
     def __init__(self, net: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
@@ -601,7 +601,7 @@ class PerceptualDistance(nn.Module):
         self.size = size
 
     def forward(self, x_prime: Tensor, x: Tensor, u: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x', its target x (N, C, H, W), u (N, 4) the crop's uniform numbers -> mean weighted loss, distances (N,)."""
+        """x', its target x (N, C, H, W; noisy without a denoise block), u (N, 4) of the crop -> loss, distances."""
         a = checkpoint(self.decode, x_prime, use_reentrant=False)  # its activations are most of the memory
         with torch.no_grad():
             b = self.decode(x)

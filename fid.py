@@ -43,7 +43,7 @@ def main(argv=None):
     run = samplers[first].run
     if args.speed:
         return speed_table(samplers[first], args)
-    if any(sampler.run.get("identity") != run.get("identity") for sampler in samplers.values()):
+    if len({sampler.run.get("identity") for sampler in samplers.values()} - {None}) > 1:  # None: an imported flow
         fail("runs of different data have no common reference; give them one at a time")
     if run["data"] in ("digits", *TORCHVISION):
         return quality_table(samplers, args)
@@ -144,13 +144,15 @@ class Judge:
 
 
 def quality_table(samplers, args):
-    """A row for each run, method and scale. Runs that differ in the last part of their name, the seed, share a row, and
-    each counts with the mean of its draws. Below a row of several is their standard deviation."""
+    """A row for each run, method and scale, and below it the standard deviation of its draws. Runs that differ in the
+    last part of their name, the seed, share a row, and each counts with the mean of its draws."""
     first = next(iter(samplers))
     judge = Judge(samplers[first].run["data"], Path(first).resolve().parent / "data")
     rows = judge.real_rows()
     times = {}
     n = args.n or (1000 if len(judge.test) < 1000 else 10_000)
+    if n < 4:
+        fail(f"--n {n} is too small: metrics look at the third nearest neighbour")
     for folder, sampler in samplers.items():
         labels = in_turn(n, range(sampler.config.num_classes))  # and z: the same for every method
         for method in args.method or sampler.methods:
@@ -166,7 +168,9 @@ def quality_table(samplers, args):
                 rows.setdefault(row, []).extend(draws)
                 times[row] = [f"{measure(sampler, method, n, w):.3g}" for n in (1, 256)]
     print_rows(rows, times)
-    print(f"draws: {args.draws} of {n} from seed {args.seed}; FD and the next of a classifier's hidden features")
+    print(
+        f"{args.draws} draws of {n} from seed {args.seed}; FD, prec., recall, cover. of a classifier's hidden features"
+    )
 
 
 def print_rows(rows, times):
@@ -194,11 +198,9 @@ def score_images(sources, args, device):
         logits = None if args.save_stats else []  # those of all ImageNet would take 5 GB
         fake = image_statistics(batches, inception, device, logits)
         size = fake["img_size"]
-        metrics = {}
+        metrics = {} if args.save_stats else {"IS": inception_score(np.concatenate(logits))}
         if args.save_stats:
             np.savez(open(args.save_stats, "wb"), **fake)
-        else:
-            metrics["IS"] = inception_score(np.concatenate(logits))
         if real:
             if real.get("img_size", size) != size:
                 fail(f"{args.reference} has images of {real['img_size']} pixels, {name} of {size}; give --img-size")
@@ -274,7 +276,7 @@ def reference_statistics(path, inception, args, device):
     arrays = {name.removeprefix("ref_"): value for name, value in arrays.items()}
     if "mu" not in arrays:
         return image_statistics(image_batches(path, args), inception, device)
-    if arrays["sigma"].shape != (2048, 2048) or not np.isfinite(arrays["sigma"]).all():
+    if arrays.get("sigma", np.zeros(0)).shape != (2048, 2048) or not np.isfinite(arrays["sigma"]).all():
         fail(f"mu and sigma of {path} are not those of Inception's 2048 features")
     return arrays
 
@@ -383,7 +385,7 @@ def speed_table(sampler, args):
             ms = measure(sampler, method, n, args.guidance[0])
             print(f"{ms:15.3f}{ms / base.setdefault(n, ms):8.1f}", end="", flush=True)
         print()
-    print("compiled" if args.compile else "not compiled; on a GPU --compile helps, the exact inverse most of all")
+    print("compiled: BiFlow and the score step alone, which flatters their ratio" if args.compile else "not compiled")
 
 
 def random_sampler(size, device, args):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from biflow import BiFlow, TARFlow, autocast, freeze, rms_normalize, unpatchify
 
 METHODS = ("biflow", "biflow-2nfe", "biflow+score", "exact", "exact+score", "jacobi")
-TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # else such variables are left over
+TORCHRUN = os.environ if dist.is_torchelastic_launched() else {}  # without it RANK and WORLD_SIZE are not meant for us
 RANK = int(TORCHRUN.get("RANK", 0))
 WORLD = int(TORCHRUN.get("WORLD_SIZE", 1))
 Image.MAX_IMAGE_PIXELS = None  # Pillow would call a photograph of 180 megapixels an attack
@@ -50,7 +50,7 @@ def samples(sampler, args):
         real = torch.load(args.run / "real.pt", weights_only=True)
         of_label = {int(y): itertools.cycle(real["x"][real["y"] == y]) for y in real["y"].unique()}
         shown = labels[:20].tolist()
-        if of_label.keys() >= set(shown):  # each label has a held-out image
+        if set(shown) <= of_label.keys():  # each label has a held-out image
             rows["real"] = sampler.decode(torch.stack([next(of_label[y]) for y in shown]).to(sampler.device))
     for method, w in draws:
         row = f"{method} w={w:g}" if w else method
@@ -204,10 +204,11 @@ class Sampler:
 
     @property
     def methods(self):
-        """Those to compare by default."""
+        """Those to compare by default. A G without denoise block is also shown with a score step of F."""
         exact = ["exact", "exact+score"] if self.flow is not None else []
         learned = ["biflow"] if self.reverse is not None else []
-        return exact + learned
+        score = ["biflow+score"] if exact and learned and self.config.denoise == "none" else []
+        return exact + learned + score
 
     def check(self, method, w):
         """End with one line where the run cannot be sampled like this."""
@@ -300,7 +301,7 @@ def load_vae(run, device, bf16=False):
     from diffusers import AutoencoderKL
 
     dtype = torch.bfloat16 if bf16 else torch.float32
-    with or_fail(f"cannot load the VAE {run['vae']}; give a folder of diffusers', or a Hub name and a network"):
+    with or_fail(f"cannot load the VAE {run['vae']}; it must be a folder of diffusers' or on the Hub; see run.json"):
         options = dict(torch_dtype=dtype, low_cpu_mem_usage=False, output_loading_info=True)
         net, info = AutoencoderKL.from_pretrained(run["vae"], **options)
         if info["missing_keys"]:  # which would stay at random
@@ -370,9 +371,8 @@ def save_grid(path, rows):
 
 def setup(args):
     """Choose the device, and precision and compilation where no flag does. Both are on where CUDA supports them."""
-    device = torch.device("cpu")
-    if torch.backends.mps.is_available():
-        device = torch.device("mps")
+    name = "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(TORCHRUN.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -386,7 +386,7 @@ def setup(args):
         try:
             torch.compile(torch.square)(torch.ones(1, device=device))
         except Exception as error:  # no C++ compiler, no Triton
-            print(f"going on as with --no-compile: torch.compile fails here ({str(error).strip().splitlines()[0]})")
+            print(f"going on as with --no-compile: torch.compile fails here ({repr(error)[:200]})")
             args.compile = False
     return device
 
@@ -398,7 +398,7 @@ def flags(parser, argv, positive):
     for name, value in vars(args).items():
         if isinstance(value, Path):
             setattr(args, name, value.expanduser())
-        elif isinstance(value, int | float) and not value >= (name in positive):  # so that nan is refused
+        elif isinstance(value, int | float) and not value >= (1 if name in positive else 0):  # so that nan is refused
             fail(f"--{name.replace('_', '-')} {value} is too small")
     return args
 
@@ -407,7 +407,7 @@ def can_write(*paths):
     """End with one line, before the work, if a file cannot be written."""
     for path in filter(None, paths):
         open(path, "ab").close()
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:  # /dev/null is none
             path.unlink()
 
 

@@ -128,6 +128,7 @@ def train(args, device, model, data, run, loss_fn, evaluate):
     to stop. Returns the exit status, 0 or 128 + the signal.
     loss_fn(net, batch) -> mean loss, {name: (n,) values to log};  evaluate(ema) -> {name: float}, {label: images}"""
     # Re-enter the run folder, if it holds a run, with an average of the weights and the optimizer:
+    args.out = args.out.resolve()
     lock = lock_folder(args.out)  # noqa: F841, it is held as long as this variable
     model.to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -151,7 +152,7 @@ def train(args, device, model, data, run, loss_fn, evaluate):
         # Add up the gradients of the micro-batches:
         micro_batches = to_device(batch, device).split(args.micro_batch or args.batch_size)
         for i, micro_batch in enumerate(micro_batches):
-            net.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: exchange them after the last one only
+            net.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: exchange them after the last one
             loss, values = loss_fn(net, micro_batch)
             n = len(micro_batch.y)
             (loss * n * WORLD / args.batch_size).backward()  # DDP takes the mean over the processes
@@ -161,8 +162,9 @@ def train(args, device, model, data, run, loss_fn, evaluate):
 
         # Update the weights, unless the gradient is not finite:
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # [ours]
-        look = torch.stack([norm.isfinite().logical_not().to(norm.dtype), norm.new_full((), len(ASKED_TO_STOP))])
-        not_finite, stopping = sum_over_processes(look).tolist()  # the one look at the device in a step
+        bad = norm.isfinite().logical_not().to(norm.dtype)
+        flags_of_step = torch.stack([bad, norm.new_full((), len(ASKED_TO_STOP))])
+        not_finite, stopping = sum_over_processes(flags_of_step).tolist()  # the one time to wait for the device
         done = step + 1
         if not_finite:
             bad_in_a_row += 1
@@ -202,7 +204,7 @@ def train(args, device, model, data, run, loss_fn, evaluate):
 
 
 def make_optimizer(model, args):
-    """AdamW. Neither vectors nor embeddings decay."""
+    """AdamW [dev]. Neither vectors nor embeddings decay."""
     decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
     groups = [dict(params=decayed, weight_decay=args.weight_decay), dict(params=others, weight_decay=0.0)]
@@ -251,7 +253,6 @@ def sum_over_processes(x):
 
 def lock_folder(out):
     """Refuse a second process in a run folder. The lock lies beside it, since --fresh renames the folder."""
-    out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out.with_name(f".{out.name}.lock"), timeout=0, thread_local=False, is_singleton=True)
     try:
@@ -273,7 +274,7 @@ def ignore_stop_signals(worker):
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 
-# What a run that goes on may change: where it lies, how fast it goes, and its schedule. The rest decides the weights.
+# A run that goes on may change where it lies, how fast it goes, and its schedule. The rest decides the weights.
 FREE_FLAGS = (
     "data", "out", "forward", "micro_batch", "num_workers", "resume", "fresh", "compile", "bf16", "log_every",
     "save_every", "defaults",
@@ -364,7 +365,7 @@ def open_run(args, run, data, parts):
             print(f"{out}: going on from step {step} of {args.steps} {shown}")
             save_model(out, run, parts["ema"], step)  # a kill may have come between the checkpoint and these
     if RANK == 0:
-        torch.save(held_out(data), out / "real.pt")
+        write_aside(out / "real.pt", held_out(data))
         kept = [line for line in read_metrics(out) if line["step"] <= step]
         write_aside(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
     return step, skipped
@@ -383,7 +384,7 @@ def load_checkpoint(out, resume):
             return state
         except Exception as error:  # zipfile, pickle and torch raise many kinds
             if RANK == 0:
-                print(f"the checkpoint {path} is damaged or missing ({str(error).splitlines()[0]})")
+                print(f"the checkpoint {path} is damaged or missing ({repr(error)[:200]})")
     if paths or (out / "run.json").exists():
         fail(f"{resume or out} has no checkpoint that loads; --fresh starts over, --out goes elsewhere")
 
@@ -590,7 +591,7 @@ def load_data(args, device):
     args.mirror = data.info["mirror"] = data.augment == "mirror"
     if RANK == 0:
         kind = f"side {data.info['img_size']}, VAE {vae}, {len(data.info['classes']) or 'no'} classes, {data.augment}"
-        epochs = f"{args.steps} steps are {args.steps * args.batch_size / len(data.fit):.3g} epochs"
+        epochs = f"{args.steps} steps are {args.steps * args.batch_size / len(data.fit):,.1f} epochs"
         print(f"{args.data}: {len(data.fit)} images and {len(data.val)} for validation, {kind}; {epochs}")
     return data
 
@@ -704,8 +705,8 @@ def load_folder(args, device):
         info = json.loads((cache / "manifest.json").read_text())
         labels = np.array(info.pop("labels"))
         done = np.load(cache / "done.npy")
-        if not done.all():
-            raise ValueError(f"it lacks {np.sum(done == 0)} images")
+        if not done.all() or len(np.load(cache / "data.npy", mmap_mode="r")) != len(labels):
+            raise ValueError(f"it lacks {np.sum(done == 0)} images, or data.npy has another length")
     good = np.flatnonzero(done == 1)
     if len(good) < len(labels) and RANK == 0:
         print(f"{len(labels) - len(good)} images cannot be read; {cache / 'damaged.txt'} lists what is left out")
@@ -722,7 +723,7 @@ def make_cache(root, args, device):
     size = args.img_size or (256 if vae_name else 32)
     files, labels, classes = list_images(root)
     known_by = files + sorted(Path(vae_name).glob("*.*") if vae_name else [])
-    stats = [(os.path.relpath(path, root), path.stat().st_size, path.stat().st_mtime_ns) for path in known_by]
+    stats = [(str(p).removeprefix(str(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in known_by]
     identity = [hashlib.sha256(json.dumps([vae_name, size, classes, stats]).encode()).hexdigest()[:12]]
     if WORLD > 1:
         dist.broadcast_object_list(identity)  # a node's own copy of the images may have other times
@@ -747,8 +748,10 @@ def encode_images(files, info, cache, args, device):
     vae = load_vae(info, device) if info["vae"] else None
     example = torch.zeros(1, 3, size, size, device=device)
     example = posteriors(vae, example) if vae else example.byte()
-    if example.shape[-1] % args.patch_size:
-        fail(f"--patch-size {args.patch_size} does not divide {example.shape[-1]}, the side of what the models see")
+    if example.shape[-1] % args.patch_size or size % example.shape[-1]:
+        fail(
+            f"the models see a side of {example.shape[-1]}; it must divide --img-size and be a multiple of --patch-size"
+        )
     if RANK == 0 and not (cache / "done.npy").exists():
         cache.mkdir(parents=True, exist_ok=True)
         if shutil.disk_usage(cache).free < len(files) * example.nbytes:  # else a full disk would kill the process
@@ -784,9 +787,9 @@ def posteriors(vae, x):
 
 
 def latent_statistics(cache):
-    """Mean and standard deviation of each channel of the latents, from 2,000 of the images or all."""
+    """Mean and standard deviation of each channel of the latents, from at most 2,000 of the images."""
     good = np.flatnonzero(np.load(cache / "done.npy") == 1)
-    some = good[:: math.ceil(len(good) / 2000)]
+    some = good[:: 1 + len(good) // 2000]
     posteriors = np.load(cache / "data.npy", mmap_mode="r")[some].astype(np.float64)
     mean, logvar = np.moveaxis(posteriors, 2, 0)
     axes = (0, 1, 3, 4)  # all but the channel
@@ -797,8 +800,8 @@ def latent_statistics(cache):
 
 def load_classifier(data, folder):
     """A small convolutional classifier without its last layer, (n, C, S, S) -> (n, 128): to small images what VGG is to
-    photographs. It is trained once, on crops of every second training image, and kept in `folder`. fid.py's judge is
-    another network and sees the other half."""
+    photographs. It is trained once, on crops of every second training image, and kept in `folder`. Of MNIST and its
+    like fid.py's judge, which is another network, sees the other half."""
     torch.manual_seed(1)
     channels, side = data.array.shape[-3], data.info["img_size"]
     net = nn.Sequential(

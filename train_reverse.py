@@ -23,15 +23,15 @@ PRESETS = {size: preset | dict(data=None, vae=None) for size, preset in FORWARD_
 PRESETS["toy"].update(steps=400, save_every=100, lr=1.2e-2, lpips=0.0, convnext=0.0)
 PRESETS["S"].update(steps=1200, lr=4e-3, lpips=0.0, convnext=0.0)
 for size, fits in (("B", 8), ("L", 8), ("XL", 2)):  # images at a time in 24 GB; 160 epochs, as in the paper's ablations
-    PRESETS[size].update(micro_batch=fits, steps=200_000, lpips=0.4, convnext=0.1)
+    PRESETS[size].update(micro_batch=fits, steps=200_000, lpips=0.4, convnext=0.1)  # the two weights are [dev]
 
 CONVNEXT = "convnextv2_base.fcmae_ft_in22k_in1k"  # licence of these weights: CC-BY-NC-4.0
 
 
 def draw_guidance(u, w_max):
     """Uniform numbers (n, 2) -> guidance scales (n,): zero for half of the samples, w_max u^2 for the others [ours]."""
-    unguided, u = u.unbind(1)
-    return torch.where(unguided < 0.5, w_max * u**2, 0.0)
+    coin, share = u.unbind(1)
+    return torch.where(coin < 0.5, w_max * share**2, 0.0)
 
 
 def trajectory(flow, x, eps, y, args):
@@ -39,13 +39,13 @@ def trajectory(flow, x, eps, y, args):
     noisy = x + args.sigma * eps
     with torch.no_grad(), autocast(x.device, args.bf16):
         states, _ = flow(noisy, y)
-    return states, x if args.denoise == "learned" else noisy
+    return states, (x if args.denoise == "learned" else noisy)
 
 
 def stage_2_loss(net, batch, flow, perceptual, args):
     """Align every state of G with the flow's trajectory, and its output with the image.
 
-    F always keeps the label; G alone loses it at times, so that G(h | none) is the mean over classes, from which
+    F always keeps the label; G alone loses it at times [dev], so that G(h | none) is the mean over classes, from which
     guidance points away.
     """
     states, target = trajectory(flow, batch.x, batch.eps, batch.y, args)
@@ -102,7 +102,7 @@ def load_perceptual(decode, data, args, device):
     if args.features:
         if data.info["vae"] or not data.info["classes"]:
             fail("--features is for small images with classes; photographs have --lpips and --convnext")
-        size = data.info["img_size"]
+        size = data.info["img_size"]  # the crops of all networks
         net = load_classifier(data, args.out.parent / "data")
         nets["features"] = FeatureDistance(net, (0.5,), (0.5,))
     return PerceptualDistance(decode, nets, weights, args.adaptive_p, size).to(device) if nets else None
@@ -111,21 +111,21 @@ def load_perceptual(decode, data, args, device):
 def load_data_of(flow, run, args, device):
     """The flow's data, also if they were moved with the runs, or --data, which must be of the same kind."""
     of_flow = dict(sigma=run["sigma"], img_size=run["img_size"], patch_size=flow.config.patch_size)
-    of_flow |= dict(vae=run["vae"] or "none", mirror=run.get("mirror"))
+    of_flow |= dict(vae=run["vae"] or "none", mirror=run.get("mirror", args.mirror))
     for name, value in of_flow.items():
-        if value is not None and getattr(args, name) not in (None, value):
+        if getattr(args, name) not in (None, value):
             fail(f"--{name.replace('_', '-')} is the flow's, {value}")
         setattr(args, name, value)
     if args.data is None:
         caches = [Path(run["cache"]), args.forward.resolve().parent / Path(run["cache"]).name] if run["cache"] else []
         found = [str(cache) for cache in caches if cache.exists()]  # the second was moved with the runs
-        args.data = (found + [run["data"]])[0]
+        args.data = found[0] if found else run["data"]
     data = load_data(args, device)
     if data.info["data"] == "random":
         args.lpips, args.convnext = 0.0, 0.0  # there is nothing to see
-    classes = len(data.info["classes"])
-    if flow.config.num_classes not in (0, classes):  # an unconditional flow's G ignores the labels
-        fail(f"the data have {classes} classes, the flow {flow.config.num_classes}")
+    classes = data.info["classes"]  # which the G of an unconditional flow ignores
+    if flow.config.num_classes and (run.get("classes") or classes, len(classes)) != (classes, flow.config.num_classes):
+        fail(f"the data have other classes than the flow: {len(classes)} for {flow.config.num_classes}, or other names")
     if flow.config.num_classes and args.w_max > 0 and args.label_drop == 0:
         fail("guidance needs dropped labels, by which G learns of no class; give --label-drop, or --w-max 0")
     data.info |= {name: run[name] for name in ("mean", "std") if name in run}  # as F has learned them
