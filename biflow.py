@@ -108,6 +108,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="biflow", paper_url
         (save_directory / "model.safetensors").write_bytes(save(self.state_dict()))
 
     @classmethod
+    @torch.inference_mode(False)  # wherever it is called, for denoise needs gradients
     def from_pretrained(cls, name: str | Path, **hub_options):
         """The model saved in a folder or, for a "user/name" that is no local path, on the Hub (with hub_options such as
         revision). Raises TypeError for unknown fields of the config, RuntimeError for weights that do not fit it."""
@@ -117,8 +118,7 @@ class HubModel(nn.Module, PyTorchModelHubMixin, library_name="biflow", paper_url
         if not folder.parent.exists():
             files = ["config.json", "model.safetensors"]  # a run folder also holds checkpoints, which are larger
             folder = Path(snapshot_download(str(name), allow_patterns=files, **hub_options))
-        config = json.loads((folder / "config.json").read_text())
-        model = cls(Config(**config))
+        model = cls(Config(**json.loads((folder / "config.json").read_text())))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
 

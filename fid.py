@@ -29,11 +29,15 @@ from train_forward import TORCHVISION, list_images, load_digits, load_torchvisio
 def main(argv=None):
     args = parse(argv)
     device = setup(args)
-    can_write(args.save_stats)
     first = args.inputs[0]
+    if args.save_stats and (len(args.inputs) > 1 or args.save_stats in (first, args.reference)):
+        fail("--save-stats is of one input, and no file that is read")
+    can_write(args.save_stats)
     if args.size:
         return speed_table(random_sampler(args.size, device, args), args)
     if first.exists() and not (first / "run.json").exists():
+        if len(args.inputs) > 1 or args.speed:
+            fail("images are scored one folder or .npz at a time, without --speed")
         return score_images({first: image_batches(first, args)}, args, device)
     samplers = {folder: Sampler.load(folder, device, args) for folder in args.inputs}
     for sampler in samplers.values():
@@ -163,17 +167,10 @@ def quality_table(samplers, args):
                     draws.append(judge.metrics(images.flatten(1).numpy() / 255, labels.numpy()))
                 row = method + (f" w={w:g}" if w else "")
                 if len(samplers) > 1:
-                    row = re.sub(r"-\d+$", "", Path(folder).name) + " " + row
+                    row = re.sub(r"-\d+$", "", str(folder)) + " " + row
                     draws = [{name: np.mean([draw[name] for draw in draws]) for name in draws[0]}]
                 rows.setdefault(row, []).extend(draws)
                 times[row] = [f"{measure(sampler, method, n, w):.3g}" for n in (1, 256)]
-    print_rows(rows, times)
-    print(
-        f"{args.draws} draws of {n} from seed {args.seed}; FD, prec., recall, cover. of a classifier's hidden features"
-    )
-
-
-def print_rows(rows, times):
     wide = max(map(len, rows)) + 1
     names = list(rows["real: test"][0])
     heads = ("FD", "FD px", "IS", "acc.", "prec.", "recall", "cover.", "near.")
@@ -184,6 +181,9 @@ def print_rows(rows, times):
         print(f"{row:{wide}}{line}" + "".join(f"{x:>9}" for x in times.get(row, ())))
         if len(draws) > 1:
             print(f"{'  +-':{wide}}" + "".join(f"{x:8.3f}" for x in cells.std(0, ddof=1)))
+    print(
+        f"{args.draws} draws of {n} from seed {args.seed}; FD, prec., recall, cover. of a classifier's hidden features"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -117,6 +117,8 @@ def main(argv=None):
         rows_of = edit
     if args.trajectory:
         rows_of = trajectory
+    if args.npz and rows_of is not samples:
+        fail(f"--npz is for samples, not for {rows_of.__name__}")
     sampler = Sampler.load(args.run, device, args)
     out = args.out or args.run / f"{rows_of.__name__}.png"
     can_write(out, args.npz)
@@ -318,10 +320,10 @@ def load_image(file, size, under="white"):
 def read_image(file, size, under="white"):
     """A file -> uint8 (3, size, size), with EXIF rotation, 16-bit grey scaled down, and a colour under transparency."""
     image = ImageOps.exif_transpose(Image.open(file))
-    if image.mode.startswith("I"):
+    if image.mode[0] in "IF":
         levels = np.asarray(image, np.uint32)
-        if 0 < levels.max() < 4096:
-            warnings.warn("16-bit images that use 12 bits or less come out dark; scale them to 16 bits")
+        if levels.max() < 4096:
+            warnings.warn("images of floats or of 12 bits in 16 come out dark; scale them to all of 16 bits")
         image = Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8))
     image = Image.alpha_composite(Image.new("RGBA", image.size, under), image.convert("RGBA"))
     return center_crop(image.convert("RGB"), size)
@@ -357,8 +359,8 @@ def save_grid(path, rows):
     canvas = Image.new("RGB", (right, (cell + 2) * len(rows)), "white")
     for r, (label, images) in enumerate(rows.items()):
         top = r * (cell + 2)
-        label = label.encode(errors="replace").decode()  # file names may be no text
-        ImageDraw.Draw(canvas).text((4, top + cell // 2 - 6), label, fill="black")
+        label = label.encode(errors="replace")  # file names may be no text
+        ImageDraw.Draw(canvas).text((4, top + cell // 2 - 6), label.decode(), fill="black")
         for c, image in enumerate(to_uint8(images[:, :3]).expand(-1, 3, -1, -1)):  # of latents the first channels
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.NEAREST)
             canvas.paste(tile, (left + c * (cell + 2), top))
@@ -371,8 +373,7 @@ def save_grid(path, rows):
 
 def setup(args):
     """Choose the device, and precision and compilation where no flag does. Both are on where CUDA supports them."""
-    name = "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(TORCHRUN.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
@@ -407,14 +408,13 @@ def can_write(*paths):
     """End with one line, before the work, if a file cannot be written."""
     for path in filter(None, paths):
         open(path, "ab").close()
-        if path.is_file() and path.stat().st_size == 0:  # /dev/null is none
+        if path.is_file() and not path.is_symlink() and path.stat().st_size == 0:  # /dev/null is no file
             path.unlink()
 
 
 def fail(message, status=2):
     """End with one line, for mistakes that a user can put right."""
-    line = " ".join(str(message).split())
-    tqdm.write(f"error: {line[:1000]}", file=sys.stderr)  # the names of all weights that do not fit would be more
+    tqdm.write("error: " + " ".join(str(message).split())[:1000], file=sys.stderr)  # names of weights can be many
     raise SystemExit(status)
 
 

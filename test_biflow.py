@@ -3,11 +3,9 @@ force, sums by hand), the scripts against themselves, against the packages they 
 
     python -m pytest                              # some minutes on two cores
     python -m pytest -m "slow or not slow"        # all, as continuous integration runs them
-    python -m pytest -k flow_block                # one group
+    python -m pytest -k flow_block                # one group, with which its tests' names begin
 
-A test's name begins with its group. The method: tokens, flow_block, flow_inverse, flow_denoise, flow_import, nll,
-reverse_block, alignment, guidance, reverse_loss, perceptual, precision, saving. The scripts: train, data, sample, fid,
-commands. All run on the CPU, where "the same" can mean bit for bit, unless BIFLOW_TEST_CUDA is set.
+All run on the CPU, where "the same" can mean bit for bit, unless BIFLOW_TEST_CUDA is set.
 """
 
 import os
@@ -826,7 +824,7 @@ def test_train_without_arguments_lowers_every_error_and_the_bar_shows_it(toy):
         assert files <= {path.name for path in (toy / "runs" / name).iterdir()}
         first, *_, last = [line for line in metrics(toy / "runs" / name) if values[0] in line]
         assert all(last[value] < first[value] for value in values)
-    line = "digits: 1345 images and 150 for validation, side 8, VAE none, 10 classes, jitter; 30 steps are 0.7 epochs"
+    line = "digits: 1345 images and 150 for validation, side 8, VAE none, 10 classes, jitter; 0.7 epochs on 1"
     assert line in (toy / "train_forward.txt").read_text()
     shown = [float(value) for value in re.findall(r"error_x ([\d.]+), ", (toy / "train_reverse.txt").read_text())]
     assert len(shown) >= 6 and shown[-1] < 0.5 * shown[0]
@@ -1092,7 +1090,7 @@ def test_data_are_jittered_or_half_of_them_mirrored_while_learning_and_themselve
 def test_data_are_mirrored_by_default_or_not_and_so_in_stage_2(photos, tmp_path, capsys):
     line = f"{TINY} --data {photos} --img-size 8 --out {tmp_path}"
     run(train_forward, f"{line}/f --no-mirror")
-    assert ", 2 classes, none; 4 steps are 0.4 epochs" in capsys.readouterr().out
+    assert ", 2 classes, none; 0.4 epochs on 1" in capsys.readouterr().out
     run(train_forward, f"{line}/f --no-mirror")  # goes on
     assert "mirror: False there, True now" in refusal(capsys, train_forward, f"{line}/f")
     run(train_reverse, f"{TINY} --forward {tmp_path}/f --out {tmp_path}/r")
@@ -1224,7 +1222,7 @@ def test_data_images_of_every_kind_are_read(tmp_path):
     read = {path.stem: read_image(path, 16).astype(int) for path in tmp_path.iterdir()}
     assert read["strip"].shape == (3, 16, 16) and (read["strip"][0] == 255).all()
     Image.fromarray(np.full((40, 40), 4000, np.uint16)).save(tmp_path / "grey12.png")
-    with pytest.warns(UserWarning, match="12 bits"):
+    with pytest.warns(UserWarning, match="12 bits in 16"):
         assert (read_image(tmp_path / "grey12.png", 16) == 15).all()
     assert abs(read["palette"] - [[[255]], [[0]], [[0]]]).max() <= 51  # the palette's steps
     assert (read["clear"] == 255).all() and abs(read["grey16"] - 156).max() <= 1
@@ -1583,10 +1581,13 @@ BAD_INPUT = [
     ("sample", "G --edit file", "cannot read file"),
     ("sample", "G --edit black.png --from 1 --mask black.png", "black.png has no white"),
     ("sample", "nan", "not finite"),
+    ("sample", "G --trajectory --npz x.npz", "--npz is for samples"),
     ("fid", "missing", "missing is not a trained run"),
     ("fid", "nothing.npz --inception-weights pickle.pth", "cannot load Inception"),
     ("fid", "flipped.npz --inception-weights sound", "cannot read flipped.npz"),
     ("fid", "wide.npz --inception-weights sound", "8 x 16; they must be square"),
+    ("fid", "images.npz wide.npz --inception-weights sound", "one folder or .npz at a time"),
+    ("fid", "images.npz --save-stats images.npz --inception-weights sound", "no file that is read"),
     ("fid", "images.npz --img-size 9 --inception-weights sound", "8 x 8; they must be square, and of --img-size"),
 ]
 

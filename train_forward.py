@@ -591,7 +591,7 @@ def load_data(args, device):
     args.mirror = data.info["mirror"] = data.augment == "mirror"
     if RANK == 0:
         kind = f"side {data.info['img_size']}, VAE {vae}, {len(data.info['classes']) or 'no'} classes, {data.augment}"
-        epochs = f"{args.steps} steps are {args.steps * args.batch_size / len(data.fit):,.1f} epochs"
+        epochs = f"{args.steps * args.batch_size / len(data.fit):,.1f} epochs on {WORLD} process(es)"
         print(f"{args.data}: {len(data.fit)} images and {len(data.val)} for validation, {kind}; {epochs}")
     return data
 
@@ -722,7 +722,7 @@ def make_cache(root, args, device):
     vae_name = None if args.vae == "none" else args.vae
     size = args.img_size or (256 if vae_name else 32)
     files, labels, classes = list_images(root)
-    known_by = files + sorted(Path(vae_name).glob("*.*") if vae_name else [])
+    known_by = files + sorted(Path(vae_name).glob("[cd]*.*") if vae_name else [])  # config and diffusion_... weights
     stats = [(str(p).removeprefix(str(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in known_by]
     identity = [hashlib.sha256(json.dumps([vae_name, size, classes, stats]).encode()).hexdigest()[:12]]
     if WORLD > 1:
@@ -776,7 +776,7 @@ def encode_images(files, info, cache, args, device):
         done.flush()
     barrier()
     damaged = "\n".join(str(files[i]) for i in np.flatnonzero(done == 2))
-    (cache / "damaged.txt").write_text(damaged, errors="surrogateescape")
+    (cache / "damaged.txt").write_text(damaged, "utf-8", "surrogateescape")
 
 
 @torch.no_grad()

@@ -124,8 +124,9 @@ def load_data_of(flow, run, args, device):
     if data.info["data"] == "random":
         args.lpips, args.convnext = 0.0, 0.0  # there is nothing to see
     classes = data.info["classes"]  # which the G of an unconditional flow ignores
-    if flow.config.num_classes and (run.get("classes") or classes, len(classes)) != (classes, flow.config.num_classes):
-        fail(f"the data have other classes than the flow: {len(classes)} for {flow.config.num_classes}, or other names")
+    same = flow.config.num_classes in (0, len(classes)) and (run.get("classes") or classes) == classes
+    if not same or data.array.shape[-3] != flow.config.channels:
+        fail(f"{args.data} has other classes or channels than the flow's data, {run['data']}")
     if flow.config.num_classes and args.w_max > 0 and args.label_drop == 0:
         fail("guidance needs dropped labels, by which G learns of no class; give --label-drop, or --w-max 0")
     data.info |= {name: run[name] for name in ("mean", "std") if name in run}  # as F has learned them
@@ -138,8 +139,7 @@ def main(argv=None):
     add("--forward", type=Path, metavar="RUN", help="the flow's run folder (runs/forward-SIZE)")
     add("--strategy", choices=("align", "naive", "hidden"), default="align", help="how G is supervised (%(default)s)")
     add("--denoise", choices=("learned", "none"), default="learned", help="with a denoise block or not (%(default)s)")
-    norm_help = "divide each state of the trajectory by its RMS (on)"
-    add("--trajectory-norm", action=BooleanOptionalAction, default=True, help=norm_help)
+    add("--trajectory-norm", action=BooleanOptionalAction, default=True, help="divide each state by its RMS (on)")
     add("--adaptive-p", type=float, default=1.0, help="p of the adaptive weight (d + 0.01)^-p (%(default)s)")
     add("--w-max", type=float, default=1.0, help="train guidance scales in [0, W_MAX]; 0: no guidance (%(default)s)")
     add("--lpips", type=float, help="weight of LPIPS; 0: never loaded (%(default)s)")
