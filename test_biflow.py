@@ -1621,7 +1621,7 @@ def test_commands_help_shows_the_defaults_of_the_size(capsys):
 def test_commands_of_the_readme_parse(monkeypatch):
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
     commands = re.findall(r"(?:python|torchrun [\w -]*) (\w+)\.py([^#&\n]*)", blocks)
-    assert len(commands) > 10
+    assert len(commands) >= 9
     for script, line in commands:
         monkeypatch.setattr(SCRIPTS[script], "setup", kill)  # which comes after the parser
         with pytest.raises(Killed):
