@@ -49,7 +49,7 @@ def main(argv=None):
         return speed_table(samplers[first], args)
     if len({sampler.run.get("identity") for sampler in samplers.values()} - {None}) > 1:  # None: an imported flow
         fail("runs of different data have no common reference; give them one at a time")
-    if run["data"] in ("digits", *TORCHVISION):
+    if run["data"] in ("digits", *TORCHVISION) and not (args.reference or args.save_stats):
         return quality_table(samplers, args)
     args.img_size = run["img_size"]
     sources = {}

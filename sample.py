@@ -117,8 +117,8 @@ def main(argv=None):
         rows_of = edit
     if args.trajectory:
         rows_of = trajectory
-    if args.npz and rows_of is not samples:
-        fail(f"--npz is for samples, not for {rows_of.__name__}")
+    if rows_of is not samples and (args.npz or args.classes or (args.edit and args.trajectory)):
+        fail("--npz and --classes are for samples alone, and --edit and --trajectory exclude each other")
     sampler = Sampler.load(args.run, device, args)
     out = args.out or args.run / f"{rows_of.__name__}.png"
     can_write(out, args.npz)

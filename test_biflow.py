@@ -1581,7 +1581,7 @@ BAD_INPUT = [
     ("sample", "G --edit file", "cannot read file"),
     ("sample", "G --edit black.png --from 1 --mask black.png", "black.png has no white"),
     ("sample", "nan", "not finite"),
-    ("sample", "G --trajectory --npz x.npz", "--npz is for samples"),
+    ("sample", "G --trajectory --npz x.npz", "--npz and --classes are for samples"),
     ("fid", "missing", "missing is not a trained run"),
     ("fid", "nothing.npz --inception-weights pickle.pth", "cannot load Inception"),
     ("fid", "flipped.npz --inception-weights sound", "cannot read flipped.npz"),
