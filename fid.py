@@ -30,8 +30,8 @@ def main(argv=None):
     args = parse(argv)
     device = setup(args)
     first = args.inputs[0]
-    if args.save_stats and (len(args.inputs) > 1 or args.save_stats in (first, args.reference)):
-        fail("--save-stats is of one input, and no file that is read")
+    if args.save_stats and (len(args.inputs) > 1 or args.speed or args.save_stats in (first, args.reference)):
+        fail("--save-stats is of one input, no file that is read, and not of --speed")
     can_write(args.save_stats)
     if args.size:
         return speed_table(random_sampler(args.size, device, args), args)
@@ -68,7 +68,7 @@ def main(argv=None):
 def parse(argv):
     parser = ArgumentParser(description="Quality and cost of runs, of a folder of images or of an .npz.")
     add = parser.add_argument
-    add("inputs", nargs="*", type=Path, default=[Path("runs/reverse-toy")], help="runs, or images: a folder or an .npz")
+    add("inputs", nargs="*", type=Path, default=[Path("runs/reverse-toy")], help="runs (NAME-SEED in a row), or images")
     add("--method", choices=METHODS, action="append", help="repeatable (all of the run's; photographs: the last)")
     add("--n", type=int, help="samples (small images 1000 or 10000, others 50000)")
     add("--draws", type=int, default=5, help="small images: independent draws, for the spread (%(default)s)")

@@ -44,7 +44,6 @@ def samples(sampler, args):
     draws = [(method, w) for method in args.method or sampler.methods for w in args.guidance]
     for method, w in draws:
         sampler.check(method, w)
-
     rows = {}
     if (args.run / "real.pt").exists():  # not of an imported flow
         real = torch.load(args.run / "real.pt", weights_only=True)
@@ -117,10 +116,11 @@ def main(argv=None):
         rows_of = edit
     if args.trajectory:
         rows_of = trajectory
-    if rows_of is not samples and (args.npz or args.classes or (args.edit and args.trajectory)):
-        fail("--npz and --classes are for samples alone, and --edit and --trajectory exclude each other")
-    sampler = Sampler.load(args.run, device, args)
     out = args.out or args.run / f"{rows_of.__name__}.png"
+    others = (args.to, args.mask) if rows_of is samples else (args.npz, args.classes)
+    if any(others) or (args.edit and args.trajectory) or out in (args.edit, args.mask, args.npz):
+        fail("--npz and --classes are for samples, --to and --mask for --edit alone, and --out is another file")
+    sampler = Sampler.load(args.run, device, args)
     can_write(out, args.npz)
     save_grid(out, rows_of(sampler, args))
     print(f"wrote {out}")
@@ -170,7 +170,7 @@ def in_turn(n, labels):
 def label_of(name, classes):
     """The label of a class, by its name; -1 for "none"."""
     if name not in (*classes, "none"):
-        fail(f"there is no class {name!r}; the classes are {', '.join(classes[:20]) or 'none'}")
+        fail(f"there is no class {name!r}; the classes are {classes[:20]}")
     return classes.index(name) if name in classes else -1
 
 
@@ -359,8 +359,8 @@ def save_grid(path, rows):
     canvas = Image.new("RGB", (right, (cell + 2) * len(rows)), "white")
     for r, (label, images) in enumerate(rows.items()):
         top = r * (cell + 2)
-        label = label.encode(errors="replace")  # file names may be no text
-        ImageDraw.Draw(canvas).text((4, top + cell // 2 - 6), label.decode(), fill="black")
+        text = label.encode(errors="replace").decode()  # file names may be no text
+        ImageDraw.Draw(canvas).text((4, top + cell // 2 - 6), text, fill="black")
         for c, image in enumerate(to_uint8(images[:, :3]).expand(-1, 3, -1, -1)):  # of latents the first channels
             tile = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell, cell), Image.NEAREST)
             canvas.paste(tile, (left + c * (cell + 2), top))

@@ -346,7 +346,7 @@ def open_run(args, run, data, parts):
     now |= {name: run[name] for name in ("stage", "vae", "img_size")}
     now |= dict(data=run["identity"], flow=run.get("forward_hash"))
     run["args"] = now
-    if RANK == 0 and args.fresh and (out / "real.pt").exists():
+    if RANK == 0 and args.fresh and any((out / name).exists() for name in ("run.json", "real.pt")):
         out.rename(out.with_name(f"{out.name}.old-{time.time_ns()}"))
         out.mkdir(exist_ok=True)
     barrier()
@@ -404,9 +404,9 @@ def save_checkpoint(out, run, parts, step, skipped):
 def save_model(out, run, ema, step):
     aside = out / "saving"
     ema.save_pretrained(aside)
-    for file in aside.iterdir():
-        os.replace(file, out / file.name)
-    aside.rmdir()
+    for name in ("config.json", "model.safetensors"):  # a README.md in `out` is the user's
+        os.replace(aside / name, out / name)
+    shutil.rmtree(aside)
     write_aside(out / "run.json", json.dumps(run | dict(step=step), indent=2).encode())
 
 
@@ -425,8 +425,7 @@ def report(out, step, metrics, rows, bar):
     log(out, step=step, **metrics)
     save_grid(out / f"samples-{step:07d}.png", rows)
     save_curves(out)
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    bar.write(f"step {step}: {shown}")
+    bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
 def log(out, **line):
@@ -444,6 +443,7 @@ def read_metrics(out):
 
 def save_curves(out):
     """curves.png: the unweighted error of each depth, or the NLL, over the steps."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here
     from matplotlib.figure import Figure
 
     lines = read_metrics(out)
@@ -676,7 +676,7 @@ def list_images(root):
         fail(f"{root} holds {len(files)} images, too few; types that are read: {' '.join(sorted(IMAGE_TYPES))}")
     if len(classes) < 2:
         return [root / file for file in files], [-1] * len(files), []
-    if SPLITS.issuperset(map(str.lower, classes)):
+    if len(SPLITS.intersection(map(str.lower, classes))) > 1:
         fail(f"{root} holds the splits {', '.join(classes)}, not classes; give one, such as {root / classes[0]}")
     return [root / file for file in files], [classes.index(file.parts[0]) for file in files], classes
 
