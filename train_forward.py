@@ -232,7 +232,6 @@ def update(parts, step, args):
 
 
 def join_processes(device):
-    """Join torchrun's process group."""
     if WORLD > 1 and not dist.is_initialized():
         cuda = device.type == "cuda"
         backend = "nccl" if cuda else "gloo"
@@ -240,7 +239,6 @@ def join_processes(device):
 
 
 def barrier():
-    """Wait for all processes."""
     if WORLD > 1:
         dist.barrier()
 
@@ -359,10 +357,12 @@ def open_run(args, run, data, parts):
         if not set(changed).issubset(SCHEDULE_FLAGS):
             fail(f"the run was begun with other arguments ({shown}); --fresh starts over, --out goes elsewhere")
         step, skipped = state["step"], state["skipped"]
+        if step > args.steps or (args.resume and step == args.steps and not (out / "run.json").exists()):
+            fail(f"the checkpoint is at step {step} already, so that nothing would be trained; give more --steps")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if RANK == 0:
-            print(f"{out}: going on from step {step} of {args.steps} {shown}")
+            print(f"{out}: going on from step {step} of {args.steps}", shown and f"({shown})")
             save_model(out, run, parts["ema"], step)  # a kill may have come between the checkpoint and these
     if RANK == 0:
         write_aside(out / "real.pt", held_out(data))
@@ -375,7 +375,7 @@ def load_checkpoint(out, resume):
     """The newest checkpoint that loads, or None if there is none. One elsewhere (--resume) only begins a run."""
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint.prev.pt") if path.exists()]
     if resume and not paths:
-        paths = [resume]
+        paths = [resume / "checkpoint.pt" if resume.is_dir() else resume]
     for path in paths:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=os.name == "posix")
@@ -584,7 +584,7 @@ def load_data(args, device):
         data = load_folder(args, device)
     vae = data.info["vae"] or "none"
     if args.vae not in (None, vae, args.defaults["vae"]) or args.img_size not in (None, data.info["img_size"]):
-        fail(f"{args.data} is of --vae {vae} and --img-size {data.info['img_size']}; give these, or other data")
+        fail(f"{args.data} is of --vae {vae} and --img-size {data.info['img_size']}; not of those given")
     args.defaults["mirror"] = data.augment == "mirror"
     if args.mirror is not None:
         data.augment = "mirror" if args.mirror else data.augment.replace("mirror", "none")
