@@ -181,9 +181,7 @@ def quality_table(samplers, args):
         print(f"{row:{wide}}{line}" + "".join(f"{x:>9}" for x in times.get(row, ())))
         if len(draws) > 1:
             print(f"{'  +-':{wide}}" + "".join(f"{x:8.3f}" for x in cells.std(0, ddof=1)))
-    print(
-        f"{args.draws} draws of {n} from seed {args.seed}; FD, prec., recall, cover. of a classifier's hidden features"
-    )
+    print(f"{args.draws} draws of {n} from seed {args.seed}; FD, prec., recall, cover. of a classifier's features")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,7 +198,8 @@ def score_images(sources, args, device):
         size = fake["img_size"]
         metrics = {} if args.save_stats else {"IS": inception_score(np.concatenate(logits))}
         if args.save_stats:
-            np.savez(open(args.save_stats, "wb"), **fake)
+            with open(args.save_stats, "wb") as file:
+                np.savez(file, **fake)
         if real:
             if real.get("img_size", size) != size:
                 fail(f"{args.reference} has images of {real['img_size']} pixels, {name} of {size}; give --img-size")

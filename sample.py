@@ -151,7 +151,7 @@ def parse(argv):
 # ----------------------------------------------------------------------------------------------------------------------
 # The sampler
 
-EVAL, SAMPLE = 1, 2  # streams of randomness; those of training are in train_forward.py
+EVAL, SAMPLE = 1, 2  # streams of randomness; train_forward.py has those of training, and EVAL again
 
 
 def sample_noise(seed, indices, config, stream=SAMPLE):
